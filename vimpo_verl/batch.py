@@ -1,0 +1,170 @@
+"""What VIMPO computes once a batch, at the old policy: values, advantages, targets, c_A and the metrics. Torch only.
+
+Once a batch and over the whole batch, as every estimator of verl, so nothing here depends on micro-batching, dynamic
+batch size or data-parallel size.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vimpo_verl import functional as F
+from vimpo_verl.config import VimpoConfig
+
+_BASELINES = {"group_mean": F.group_baseline, "leave_one_out": F.leave_one_out_baseline}
+
+
+class VimpoBatch(NamedTuple):
+    """Results for a batch of B sequences and T response tokens."""
+
+    advantages: Tensor  # [B, T] A_t, whitened if so configured; zero where masked
+    returns: Tensor  # [B, T] R - V0 on every valid token; zero where masked
+    values: Tensor  # [B, T] implied values V(s_t); zero where masked
+    actor_coeff: float  # c_A of this batch
+    metrics: dict[str, float]  # under "vimpo/", see docs/metrics.md
+
+
+def compute_batch(
+    *,
+    old_log_prob: Tensor,
+    ref_log_prob: Tensor,
+    token_kl: Tensor,
+    response_mask: Tensor,
+    outcome: Tensor,
+    group: Sequence[Hashable],
+    config: VimpoConfig,
+    lam: float,
+    is_padding: Tensor | None = None,
+) -> VimpoBatch:
+    """The driver's half of VIMPO for one batch.
+
+    Args:
+        old_log_prob, ref_log_prob, token_kl: [B, T], in nats, at the policy that starts the update.
+        response_mask: [B, T], 1 on the tokens that the policy wrote.
+        outcome: [B], the reward R of each sequence.
+        group: B hashables, equal for the responses to one prompt.
+        config: the knobs.
+        lam: GAE's lambda, in [0, 1].
+        is_padding: [B] bool, placeholder sequences that verl added; they count nowhere. None: there are none.
+
+    Returns:
+        VimpoBatch, in float32 (float64 for float64 inputs), on the inputs' device.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    real = torch.ones_like(outcome, dtype=torch.bool) if is_padding is None else ~is_padding.bool()
+    mask = response_mask.bool() & real.unsqueeze(-1)
+    td = F.td_residual(old_log_prob, ref_log_prob, token_kl, mask, config.beta)
+    target = torch.where(real, outcome.to(td.dtype) - _baseline(outcome, group, real, config), 0.0).to(td.dtype)
+    raw = F.implied_advantages(td, mask, lam)
+    judgement = td.sum(-1)  # S_i = -V(s_1): the policy's own verdict on its answer
+    summary = _Summary(judgement[real], target[real], outcome[real], mask[real].sum(-1).to(td.dtype), group, real)
+    coeff = _actor_coeff(config, summary)
+    return VimpoBatch(
+        advantages=F.whiten(raw, mask) if config.whiten else raw,
+        returns=torch.where(mask, target.unsqueeze(-1), 0.0).to(td.dtype),
+        values=F.implied_values(td, mask),
+        actor_coeff=coeff,
+        metrics=_metrics(token_kl, raw, mask, coeff, summary),
+    )
+
+
+def _baseline(outcome: Tensor, group: Sequence[Hashable], real: Tensor, config: VimpoConfig) -> Tensor:
+    # Placeholders form groups of their own, whatever name verl gave them.
+    names = [(bool(is_real), name) for is_real, name in zip(real.tolist(), group, strict=True)]
+    return _BASELINES[config.baseline](outcome, names, cap=config.baseline_cap)
+
+
+class _Summary:
+    """Statistics of the real sequences of a batch."""
+
+    def __init__(
+        self, judgement: Tensor, target: Tensor, outcome: Tensor, lengths: Tensor, group: Sequence, real: Tensor
+    ):
+        self.residual, self.target, self.lengths = judgement - target, target, lengths
+        groups = [name for name, is_real in zip(group, real.tolist(), strict=True) if is_real]
+        self.correlation = outcome_correlation(judgement, outcome, groups)
+        self.auc = outcome_auc(judgement, outcome, groups)
+
+    @property
+    def mean_length(self) -> float:
+        return self.lengths.mean().item() if self.lengths.numel() else 0.0
+
+    def rms_over_tokens(self, per_sequence: Tensor) -> float:
+        """Root mean square over tokens of a quantity that every token of a sequence shares."""
+        tokens = self.lengths.sum()
+        return ((self.lengths * per_sequence.square()).sum() / tokens).sqrt().item() if tokens > 0 else 0.0
+
+    @property
+    def explained_variance(self) -> float:
+        """1 - var(residual) / var(target), over sequences; 0 where the targets do not vary."""
+        variance = self.target.var(correction=0).item() if self.target.numel() else 0.0
+        return 1.0 - self.residual.var(correction=0).item() / variance if variance > 0 else 0.0
+
+
+def _actor_coeff(config: VimpoConfig, summary: _Summary) -> float:
+    """c_A = alpha * beta * mean_length * rms_over_tokens(residual), or the number given; times max(0, correlation)."""
+    if not config.use_actor:
+        return 0.0
+    coeff = config.actor_coeff
+    if coeff == "auto":
+        push = config.actor_alpha * config.beta
+        coeff = push * summary.mean_length * summary.rms_over_tokens(summary.residual)
+    return coeff * max(0.0, summary.correlation) if config.actor_trust else coeff
+
+
+def outcome_correlation(judgement: Tensor, outcome: Tensor, group: Sequence[Hashable]) -> float:
+    """Correlation over the batch of S_i = sum_t td_t and R_i, both centred within the prompt's group.
+
+    Args:
+        judgement: [B], S_i.
+        outcome: [B], R_i.
+        group: B hashables.
+
+    Returns:
+        In [-1, 1]; 0 where either does not vary within any group, as at the first step, where S = 0.
+    """
+    s = judgement.double() - F.group_baseline(judgement.double(), group)
+    r = outcome.double() - F.group_baseline(outcome.double(), group)
+    scale = (s.square().sum() * r.square().sum()).sqrt().item()
+    return (s * r).sum().item() / scale if scale > 0 else 0.0
+
+
+def outcome_auc(judgement: Tensor, outcome: Tensor, group: Sequence[Hashable]) -> float | None:
+    """How often S ranks the better of two answers to one prompt higher; ties count one half.
+
+    Arguments as for `outcome_correlation`.
+
+    Returns:
+        In [0, 1], over all pairs of one prompt with different outcomes; None if there is no such pair.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for i, name in enumerate(group):
+        members.setdefault(name, []).append(i)
+    won, pairs = 0.0, 0
+    for rows in members.values():
+        s, r = judgement[rows], outcome[rows]
+        better = r.unsqueeze(1) > r.unsqueeze(0)
+        lead = s.unsqueeze(1) - s.unsqueeze(0)
+        won += (better & (lead > 0)).sum().item() + 0.5 * (better & (lead == 0)).sum().item()
+        pairs += better.sum().item()
+    return won / pairs if pairs else None
+
+
+def _metrics(token_kl: Tensor, raw: Tensor, mask: Tensor, coeff: float, summary: _Summary) -> dict[str, float]:
+    valid = mask.sum().item()
+    metrics = {
+        "vimpo/kl": token_kl[mask].double().mean().item() if valid else 0.0,
+        "vimpo/actor_coeff": coeff,
+        "vimpo/residual_rms": summary.rms_over_tokens(summary.residual),
+        "vimpo/target_rms": summary.rms_over_tokens(summary.target),
+        "vimpo/advantage_std": raw[mask].double().std().item() if valid > 1 else 0.0,
+        "vimpo/outcome_correlation": summary.correlation,
+        "vimpo/value_explained_variance": summary.explained_variance,
+    }
+    if summary.auc is not None:
+        metrics["vimpo/outcome_auc"] = summary.auc
+    return metrics

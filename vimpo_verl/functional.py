@@ -1,0 +1,390 @@
+"""The equations of VIMPO (arXiv 2606.20008) as pure tensor functions. Imports torch only.
+
+Notation, for one response y_1..y_T to a prompt x, with s_t = (x, y_<t), a reward R at the end only and discount 1:
+
+    rho_t    = beta * log( pi_theta(y_t|s_t) / pi_ref(y_t|s_t) )         policy-reference log-ratio
+    kappa_t  = beta * KL( pi_theta(.|s_t) || pi_ref(.|s_t) )             over the whole vocabulary
+    td_t     = rho_t - kappa_t                                           token TD residual         td_residual
+    V(s_t)   = V(s_{t+1}) - td_t,  V(s_{T+1}) = 0                        implied values            implied_values
+    A_t      = sum_{k>=t} lam^(k-t) td_k                                 GAE(lam) over them        implied_advantages
+    V0       = mean reward of the prompt's group                         baseline                  group_baseline
+    L_V      = mean_i 1/2 ( sum_t (rho_t - sg[kappa_t]) - (R - V0) )^2   value loss                value_loss
+
+Shapes: B sequences, T response tokens, V vocabulary entries. `response_mask` is 1 on the tokens that the policy wrote.
+Masked tokens (padding, tool output) have td = 0 and are skipped by the recurrences: they are no episode ends, and lam
+does not decay over them. Values found under the mask never matter, not even NaN. Inputs of half precision are
+accumulated in float32, because a sum over T log-ratios is small against its terms.
+"""
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+WHITEN_EPS = 1e-8  # under the root of `whiten`; part of the method, see there
+SAMPLED_KL_ESTIMATORS = ("k2", "k3")
+VALUE_LOSS_TYPES = ("squared_error", "huber")
+
+# Below this |d|, d + expm1(-d) is summed as a series: the direct form loses 1/d of its digits.
+_SERIES_BELOW = 0.5
+_SERIES_TERMS = {torch.float32: 9, torch.float64: 16}
+
+
+# ---- kappa: the KL of a token ----------------------------------------------------------------------------------------
+
+
+def exact_kl(policy_logits: Tensor, ref_logits: Tensor, *, chunk_size: int | None = None) -> Tensor:
+    """KL( policy || reference ) of every token, over the whole vocabulary (kappa_t / beta, paper section 3).
+
+    Args:
+        policy_logits: [..., V], any float dtype, already divided by the sampling temperature. -inf entries have
+            probability zero.
+        ref_logits: [..., V], same shape.
+        chunk_size: tokens handled at a time; None takes all at once. Extra memory is a few [chunk_size, V] tensors in
+            both directions. The result does not depend on it.
+
+    Returns:
+        [...], float32 (float64 for float64 inputs), in nats; exactly 0 where the logits are equal. Differentiable with
+        respect to both arguments (first order).
+
+    Raises:
+        ValueError: shapes differ, the vocabulary is empty, or chunk_size is not positive.
+    """
+    _require_same_shape(policy_logits=policy_logits, ref_logits=ref_logits)
+    if policy_logits.dim() == 0 or policy_logits.shape[-1] == 0:
+        raise ValueError(f"policy_logits must be [..., V] with V > 0, got shape {tuple(policy_logits.shape)}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size}")
+    vocab_size = policy_logits.shape[-1]
+    kl = _ExactKL.apply(policy_logits.reshape(-1, vocab_size), ref_logits.reshape(-1, vocab_size), chunk_size)
+    return kl.reshape(policy_logits.shape[:-1])
+
+
+def topk_kl(policy_logits: Tensor, ref_logits: Tensor, k: int) -> Tensor:
+    """The part of KL( policy || reference ) on the policy's k most likely entries, with the full normalisers.
+
+    Args:
+        policy_logits, ref_logits: [..., V].
+        k: entries kept, 1 <= k <= V.
+
+    Returns:
+        [...], float32 (float64 for float64 inputs). Not a divergence: it can be negative.
+
+    Raises:
+        ValueError: shapes differ or k is outside 1..V.
+    """
+    _require_same_shape(policy_logits=policy_logits, ref_logits=ref_logits)
+    if not 1 <= k <= policy_logits.shape[-1]:
+        raise ValueError(f"k must lie between 1 and the vocabulary size {policy_logits.shape[-1]}, got {k}")
+    log_p = torch.log_softmax(_accumulating(policy_logits), dim=-1)
+    log_q = torch.log_softmax(_accumulating(ref_logits), dim=-1)
+    top_log_p, top = log_p.topk(k, dim=-1)
+    top_p = top_log_p.exp()
+    terms = top_p * (top_log_p - log_q.gather(-1, top))
+    return torch.where(top_p > 0, terms, torch.zeros_like(terms)).sum(-1)
+
+
+def sampled_kl(log_prob: Tensor, ref_log_prob: Tensor, estimator: str) -> Tensor:
+    """Estimate KL( policy || reference ) of a token from the sampled token alone.
+
+    Args:
+        log_prob, ref_log_prob: same shape, in nats.
+        estimator: "k2", (log-ratio)^2 / 2, or "k3", q/p - 1 - log(q/p).
+
+    Returns:
+        Same shape; float32 for half precision inputs.
+
+    Raises:
+        ValueError: shapes differ, or the estimator is unknown or "k1".
+    """
+    _require_same_shape(log_prob=log_prob, ref_log_prob=ref_log_prob)
+    log_ratio = _accumulating(log_prob) - _accumulating(ref_log_prob)
+    if estimator == "k2":
+        return 0.5 * log_ratio.square()
+    if estimator == "k3":
+        return torch.expm1(-log_ratio) + log_ratio
+    if estimator == "k1":
+        raise ValueError(
+            "estimator 'k1' is the log-ratio itself: rho_t - kappa_t would be zero for every token and nothing would "
+            "be learnt. Use the exact KL, 'k2' or 'k3'"
+        )
+    raise ValueError(f"unknown estimator {estimator!r}: choose one of {', '.join(SAMPLED_KL_ESTIMATORS)}")
+
+
+# ---- td, values, advantages ------------------------------------------------------------------------------------------
+
+
+def td_residual(log_prob: Tensor, ref_log_prob: Tensor, token_kl: Tensor, response_mask: Tensor, beta: float) -> Tensor:
+    """td_t = rho_t - kappa_t = beta * ( log pi_theta - log pi_ref - KL ), zero where masked (paper section 3).
+
+    Args:
+        log_prob, ref_log_prob, token_kl: [B, T], in nats.
+        response_mask: [B, T], 0/1 or bool.
+        beta: weight of the reference, > 0.
+
+    Returns:
+        [B, T], in units of reward; float32 for half precision inputs.
+    """
+    _require_same_shape(
+        log_prob=log_prob, ref_log_prob=ref_log_prob, token_kl=token_kl, response_mask=response_mask
+    )
+    td = beta * (_accumulating(log_prob) - _accumulating(ref_log_prob) - _accumulating(token_kl))
+    return _zero_where_masked(td, response_mask)
+
+
+def implied_values(td: Tensor, response_mask: Tensor) -> Tensor:
+    """V(s_t) = V(s_{t+1}) - td_t with V(s_{T+1}) = 0: the values implied by the policy, zero where masked.
+
+    Args:
+        td: [B, T].
+        response_mask: [B, T], 0/1 or bool.
+
+    Returns:
+        [B, T], relative to the reward at the end, in units of reward.
+    """
+    _require_same_shape(td=td, response_mask=response_mask)
+    return _zero_where_masked(-_sum_from_here_on(_zero_where_masked(td, response_mask)), response_mask)
+
+
+def implied_advantages(td: Tensor, response_mask: Tensor, lam: float) -> Tensor:
+    """A_t = td_t + lam * A_(next valid token): GAE(lam) over the implied values, in which the reward cancels.
+
+    Args:
+        td: [B, T].
+        response_mask: [B, T], 0/1 or bool.
+        lam: in [0, 1].
+
+    Returns:
+        [B, T], raw (not whitened), zero where masked.
+
+    Raises:
+        ValueError: shapes differ or lam is outside [0, 1].
+    """
+    if not 0.0 <= lam <= 1.0:
+        raise ValueError(f"lam must lie in [0, 1], got {lam}")
+    if lam == 1.0:
+        return -implied_values(td, response_mask)
+    _require_same_shape(td=td, response_mask=response_mask)
+    td, valid = _zero_where_masked(td, response_mask), response_mask.bool()
+    running = torch.zeros_like(td[:, 0]) if td.shape[1] else td.new_zeros(td.shape[0])
+    advantages = []
+    for t in reversed(range(td.shape[1])):
+        running = torch.where(valid[:, t], td[:, t] + lam * running, running)
+        advantages.append(running)
+    if not advantages:
+        return td
+    return _zero_where_masked(torch.stack(advantages[::-1], dim=1), response_mask)
+
+
+def whiten(advantages: Tensor, response_mask: Tensor) -> Tensor:
+    """(a - mean) * rsqrt(var + 1e-8) over the valid tokens of the batch; var is unbiased.
+
+    The 1e-8 belongs to the scale of the data: while the policy is near the reference, raw advantages are tiny (beta is
+    5e-4), and it keeps their noise from being blown up to unit size.
+
+    Args:
+        advantages: [B, T].
+        response_mask: [B, T], 0/1 or bool.
+
+    Returns:
+        [B, T], zero where masked. A constant, a single valid token or none give zeros.
+    """
+    _require_same_shape(advantages=advantages, response_mask=response_mask)
+    valid = response_mask.bool()
+    advantages = _zero_where_masked(_accumulating(advantages), response_mask)
+    count = int(valid.sum())
+    if count < 2:
+        return torch.zeros_like(advantages)
+    # Counted from one of the values, so that a constant gives exact zeros and large offsets cost no digits.
+    shifted = advantages - advantages[valid][0]
+    deviation = _zero_where_masked(shifted - _zero_where_masked(shifted, valid).sum() / count, valid)
+    variance = deviation.square().sum() / (count - 1)
+    return deviation * torch.rsqrt(variance + WHITEN_EPS)
+
+
+# ---- value loss ------------------------------------------------------------------------------------------------------
+
+
+def group_baseline(outcome: Tensor, group: Sequence[Hashable], *, cap: float | None = None) -> Tensor:
+    """V0: the mean reward of the prompt's group, at most `cap`. Detached.
+
+    Args:
+        outcome: [B], the reward R of each sequence.
+        group: B hashables; sequences of one prompt share one.
+        cap: upper bound of the baseline, or None.
+
+    Returns:
+        [B]; float32 for half precision inputs.
+
+    Raises:
+        ValueError: outcome is not [B] or the lengths differ.
+    """
+    outcome, index = _grouped(outcome, group)
+    return _capped(_group_sums(outcome, index) / _group_sums(torch.ones_like(outcome), index), cap)
+
+
+def leave_one_out_baseline(outcome: Tensor, group: Sequence[Hashable], *, cap: float | None = None) -> Tensor:
+    """V0 as the mean reward of the *other* members of the group, at most `cap`. Detached.
+
+    A group of one has no other member; its baseline is its own reward, as with `group_baseline`, so its target is 0.
+    Arguments, result and errors as for `group_baseline`.
+    """
+    outcome, index = _grouped(outcome, group)
+    others = _group_sums(torch.ones_like(outcome), index) - 1
+    mean_of_others = (_group_sums(outcome, index) - outcome) / others.clamp(min=1)
+    return _capped(torch.where(others > 0, mean_of_others, outcome), cap)
+
+
+def value_loss(
+    log_prob: Tensor,
+    ref_log_prob: Tensor,
+    token_kl: Tensor,
+    target: Tensor,
+    response_mask: Tensor,
+    beta: float,
+    *,
+    loss_type: str = "squared_error",
+    huber_delta: float = 0.5,
+) -> Tensor:
+    """L_V of every sequence: 1/2 ( sum_t (rho_t - sg[kappa_t]) - (R - V0) )^2, or Huber's (paper section 3).
+
+    The gradient flows through log_prob only: kappa, the reference and the target are stopped.
+
+    Args:
+        log_prob, ref_log_prob, token_kl: [B, T], in nats.
+        target: [B], R - V0.
+        response_mask: [B, T], 0/1 or bool.
+        beta: weight of the reference, > 0.
+        loss_type: "squared_error", or "huber", which is linear beyond |residual| = huber_delta.
+        huber_delta: > 0.
+
+    Returns:
+        [B]; the caller averages over the sequences of the global mini-batch. float32 for half precision inputs.
+
+    Raises:
+        ValueError: shapes differ, or loss_type is unknown.
+    """
+    if target.dim() != 1 or target.shape[0] != log_prob.shape[0]:
+        raise ValueError(f"target must be [B] = [{log_prob.shape[0]}], got shape {tuple(target.shape)}")
+    td = td_residual(log_prob, ref_log_prob.detach(), token_kl.detach(), response_mask, beta)
+    residual = td.sum(-1) - _accumulating(target.detach())
+    if loss_type == "squared_error":
+        return 0.5 * residual.square()
+    if loss_type == "huber":
+        return torch.nn.functional.huber_loss(residual, torch.zeros_like(residual), reduction="none", delta=huber_delta)
+    raise ValueError(f"unknown loss_type {loss_type!r}: choose one of {', '.join(VALUE_LOSS_TYPES)}")
+
+
+# ---- numerics of the exact KL ----------------------------------------------------------------------------------------
+
+
+def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Summands of KL(p || q) over the last dimension: p * (d + expm1(-d)), d = log p - log q. Every one is >= 0.
+
+    This equals sum p * d because sum(q) = sum(p). Unlike p * d it is of second order in d: nearly equal distributions
+    cost no digits, and a rounding error of the two normalisers, a constant added to d, cancels to first order.
+
+    Args:
+        log_p, log_q: [..., V], normalised, float32 or float64.
+
+    Returns:
+        [..., V].
+    """
+    p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
+    near = p * _expm1_plus(d)
+    far = p * (d - 1) + q  # the same, in a form that cannot overflow
+    terms = torch.where(d.abs() < _SERIES_BELOW, near, far)
+    return torch.where(p > 0, terms, q)  # p = 0 makes d = -inf or NaN
+
+
+def _expm1_plus(d: Tensor) -> Tensor:
+    """d + expm1(-d) for |d| < _SERIES_BELOW: d^2 (1/2! - d/3! + d^2/4! - ...)."""
+    terms = _SERIES_TERMS[d.dtype]
+    series = torch.ones_like(d)
+    for n in range(terms + 1, 2, -1):
+        series = 1 - series * d / n
+    return 0.5 * d * d * series
+
+
+class _ExactKL(torch.autograd.Function):
+    """[N, V], [N, V] -> [N]; both directions a chunk of tokens at a time, nothing of size [N, V] kept but the inputs."""
+
+    @staticmethod
+    def forward(ctx, policy_logits: Tensor, ref_logits: Tensor, chunk_size: int | None) -> Tensor:
+        kl = policy_logits.new_empty(policy_logits.shape[0], dtype=_accumulating(policy_logits[:0]).dtype)
+        for rows in _chunks(policy_logits.shape[0], chunk_size):
+            log_p, log_q = _log_softmaxes(policy_logits[rows], ref_logits[rows])
+            kl[rows] = kl_terms(log_p, log_q).sum(-1)
+        ctx.save_for_backward(policy_logits, ref_logits, kl)
+        ctx.chunk_size = chunk_size
+        return kl
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_kl: Tensor):
+        """d KL / d policy_logits = p (log p - log q - KL);  d KL / d ref_logits = q - p."""
+        policy_logits, ref_logits, kl = ctx.saved_tensors
+        grad_policy = torch.empty_like(policy_logits) if ctx.needs_input_grad[0] else None
+        grad_ref = torch.empty_like(ref_logits) if ctx.needs_input_grad[1] else None
+        for rows in _chunks(policy_logits.shape[0], ctx.chunk_size):
+            log_p, log_q = _log_softmaxes(policy_logits[rows], ref_logits[rows])
+            p, grad = log_p.exp(), grad_kl[rows].unsqueeze(-1)
+            if grad_policy is not None:
+                slope = p * (log_p - log_q - kl[rows].unsqueeze(-1))
+                grad_policy[rows] = (grad * torch.where(p > 0, slope, torch.zeros_like(p))).to(grad_policy.dtype)
+            if grad_ref is not None:
+                grad_ref[rows] = (grad * (log_q.exp() - p)).to(grad_ref.dtype)
+        return grad_policy, grad_ref, None
+
+
+def _log_softmaxes(policy_logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, V], [n, V] -> log p, log q, in the accumulation dtype of the policy's."""
+    log_p = torch.log_softmax(_accumulating(policy_logits), dim=-1)
+    return log_p, torch.log_softmax(ref_logits.to(log_p.dtype), dim=-1)
+
+
+def _chunks(length: int, chunk_size: int | None) -> list[slice]:
+    step = chunk_size or max(length, 1)
+    return [slice(start, start + step) for start in range(0, length, step)]
+
+
+# ---- small helpers ---------------------------------------------------------------------------------------------------
+
+
+def _accumulating(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype that sums are taken in: float64 stays, anything else becomes float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _zero_where_masked(tensor: Tensor, response_mask: Tensor) -> Tensor:
+    return torch.where(response_mask.bool(), tensor, torch.zeros_like(tensor))
+
+
+def _sum_from_here_on(tensor: Tensor) -> Tensor:
+    """sum_{k >= t} over the last dimension."""
+    return tensor.flip(-1).cumsum(-1).flip(-1)
+
+
+def _grouped(outcome: Tensor, group: Sequence[Hashable]) -> tuple[Tensor, Tensor]:
+    """Detached outcomes, and for each sequence the number of its group."""
+    if outcome.dim() != 1 or outcome.shape[0] != len(group):
+        raise ValueError(f"outcome must be [B] with one group a sequence, got {tuple(outcome.shape)} and {len(group)}")
+    number: dict[Hashable, int] = {}
+    index = [number.setdefault(name, len(number)) for name in group]
+    return _accumulating(outcome.detach()), torch.tensor(index, dtype=torch.long, device=outcome.device)
+
+
+def _group_sums(values: Tensor, index: Tensor) -> Tensor:
+    """[B] -> [B]: the sum over each sequence's group."""
+    groups = int(index.max()) + 1 if index.numel() else 0
+    return values.new_zeros(groups).index_add_(0, index, values)[index]
+
+
+def _capped(baseline: Tensor, cap: float | None) -> Tensor:
+    return baseline if cap is None else baseline.clamp(max=cap)
+
+
+def _require_same_shape(**tensors: Tensor) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError("shapes differ: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
