@@ -127,10 +127,17 @@ def outcome_correlation(judgement: Tensor, outcome: Tensor, group: Sequence[Hash
     Returns:
         In [-1, 1]; 0 where either does not vary within any group, as at the first step, where S = 0.
     """
-    s = judgement.double() - F.group_baseline(judgement.double(), group)
-    r = outcome.double() - F.group_baseline(outcome.double(), group)
+    s, r = _centred_in_group(judgement, group), _centred_in_group(outcome, group)
     scale = (s.square().sum() * r.square().sum()).sqrt().item()
     return (s * r).sum().item() / scale if scale > 0 else 0.0
+
+
+def _centred_in_group(values: Tensor, group: Sequence[Hashable]) -> Tensor:
+    """Minus the group's mean, in float64. What only rounding left over is no variation and becomes 0."""
+    values = values.double()
+    centred = values - F.group_baseline(values, group)
+    rounding = 1e-12 * values.abs().max() if values.numel() else 0.0
+    return torch.where(centred.abs() > rounding, centred, torch.zeros_like(centred))
 
 
 def outcome_auc(judgement: Tensor, outcome: Tensor, group: Sequence[Hashable]) -> float | None:

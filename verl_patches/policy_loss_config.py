@@ -1,0 +1,32 @@
+"""Carries VIMPO's knobs to the workers: the typed `actor.policy_loss` that verl builds through its _target_.
+
+Touches verl.workers.config.PolicyLossConfig (subclass). Checked against verl 0.9.1.
+"""
+
+from dataclasses import dataclass, field
+
+from verl.workers.config import PolicyLossConfig
+
+from vimpo_verl.config import VimpoConfig
+
+
+@dataclass
+class VimpoPolicyLossConfig(PolicyLossConfig):
+    """PolicyLossConfig of a VIMPO run.
+
+    Attributes:
+        vimpo: the knobs, as validated in the driver.
+    """
+
+    vimpo: VimpoConfig = field(default_factory=VimpoConfig)
+
+    def __post_init__(self):
+        """Built in every process that trains: the place to notice that the plugin was not loaded there."""
+        from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+        if self.loss_mode not in POLICY_LOSS_REGISTRY:
+            raise RuntimeError(
+                f"the policy loss {self.loss_mode!r} is not registered in this process: verl did not load the plugin "
+                "here. Is vimpo_verl installed in this process's environment, and is VERL_USE_EXTERNAL_PLUGINS unset? "
+                "Run `vimpo check` there"
+            )

@@ -1,0 +1,109 @@
+"""The table of seams: every place where vimpo_verl enters verl, and whether it is in force in this process.
+
+Importing this module is cheap: a seam's own module, and whatever of verl it needs, is imported when verl imports the
+module that the seam belongs to. A seam that cannot be put in force never breaks a run that did not ask for VIMPO: it
+says so on stderr and is remembered, and asking for VIMPO then fails in the driver with the reason.
+"""
+
+import importlib
+import sys
+import traceback
+from dataclasses import dataclass
+
+import wrapt
+
+# Releases of verl whose tests passed with this version of vimpo_verl.
+TESTED_VERL = ("0.9.1",)
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One place where vimpo_verl enters verl.
+
+    Attributes:
+        name: what the seam is called in messages.
+        module: the verl module whose import puts the seam in force.
+        install: "package.module:function"; the function receives that verl module.
+        touches: the verl functions or registries concerned, for the reader and for `vimpo check`.
+        how: "registration" or "wrapper".
+        upstream: the verl issue that would make the seam unnecessary, if there is one.
+    """
+
+    name: str
+    module: str
+    install: str
+    touches: str
+    how: str
+    upstream: str = ""
+
+
+SEAMS = (
+    Seam(
+        name="estimator and policy loss",
+        module="verl.trainer.ppo.core_algos",
+        install="vimpo_verl.registrations:register",
+        touches="register_adv_est, register_policy_loss",
+        how="registration",
+    ),
+    Seam(
+        name="reference policy",
+        module="verl.trainer.ppo.utils",
+        install="verl_patches.reference_policy:install",
+        touches="need_reference_policy",
+        how="wrapper",
+    ),
+    Seam(
+        name="validation in the driver",
+        module="verl.utils.config",
+        install="verl_patches.validation:install",
+        touches="validate_config",
+        how="wrapper",
+    ),
+    Seam(
+        name="trainer, worker, joint pass and value loss",
+        module="verl.trainer.ppo.v1",
+        install="verl_patches.trainer:install",
+        touches="TRAINER_REGISTRY, PPOTrainer.role_worker_mapping, ActorRolloutRefWorker, TrainingWorker",
+        how="registration",
+        upstream="volcengine/verl#7712 (reference log-probs for a registered policy loss)",
+    ),
+)
+
+_in_force: set[str] = set()
+_failures: dict[str, str] = {}
+
+
+def hook_all() -> None:
+    """Put every seam in force as soon as verl imports its module (at once where it already has)."""
+    for seam in SEAMS:
+        wrapt.when_imported(seam.module)(lambda module, seam=seam: _install(seam, module))
+
+
+def is_in_force(seam: Seam) -> bool:
+    """Whether the seam is in force in this process; False also while its verl module is not imported."""
+    return seam.name in _in_force
+
+
+def failures() -> dict[str, str]:
+    """Name of the seam -> why it could not be put in force in this process."""
+    return dict(_failures)
+
+
+def _install(seam: Seam, module) -> None:
+    if seam.name in _in_force:
+        return
+    module_name, function = seam.install.split(":")
+    try:
+        getattr(importlib.import_module(module_name), function)(module)
+    except Exception as error:
+        _failures[seam.name] = f"{type(error).__name__}: {error}"
+        print(
+            f"vimpo_verl: the seam '{seam.name}' ({seam.module}: {seam.touches}) could not be put in force: "
+            f"{_failures[seam.name]}\nRuns with other estimators are not affected; algorithm.adv_estimator=vimpo will "
+            f"be refused. Is this a verl that is tested ({', '.join(TESTED_VERL)})? Run `vimpo check`.\n"
+            + traceback.format_exc(),
+            file=sys.stderr,
+            flush=True,
+        )
+    else:
+        _in_force.add(seam.name)

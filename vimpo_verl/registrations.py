@@ -1,0 +1,166 @@
+"""The two names that verl looks up: the advantage estimator "vimpo" and the policy loss "vimpo".
+
+verl hands an estimator rewards, mask, groups and configuration, and a policy loss two log-probs and the advantages. What
+VIMPO needs beyond that reaches them through two context variables, set by the seams in verl_patches around verl's own
+calls. Where a seam is not in force the variable is empty and the function raises: VIMPO never trains without kappa or
+without its value loss.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vimpo_verl.batch import VimpoBatch, compute_batch
+from vimpo_verl.config import VimpoConfig
+
+NAME = "vimpo"
+
+
+@dataclass
+class JointPassOutput:
+    """What the joint pass found for a batch; the estimator leaves its result in it.
+
+    Attributes:
+        old_log_prob, ref_log_prob, token_kl: [B, T], in nats, padded on the right.
+        is_padding: [B] bool, placeholder sequences that verl added.
+        config: the knobs.
+        lam: verl's algorithm.lam.
+        result: filled by the estimator.
+    """
+
+    old_log_prob: Tensor
+    ref_log_prob: Tensor
+    token_kl: Tensor
+    is_padding: Tensor
+    config: VimpoConfig
+    lam: float
+    result: VimpoBatch | None = None
+
+
+@dataclass
+class ActorBranch:
+    """c_A of the update under way; the policy loss leaves L_A (a micro-batch's share, not yet times c_A) in it."""
+
+    coeff: float
+    loss: Tensor | None = None
+
+
+_joint_pass_output: ContextVar[JointPassOutput | None] = ContextVar("vimpo_joint_pass_output", default=None)
+_actor_branch: ContextVar[ActorBranch | None] = ContextVar("vimpo_actor_branch", default=None)
+
+
+@contextmanager
+def joint_pass_output(output: JointPassOutput) -> Iterator[JointPassOutput]:
+    """Hand the joint pass's output to the estimator, for the calls inside the `with` block."""
+    token = _joint_pass_output.set(output)
+    try:
+        yield output
+    finally:
+        _joint_pass_output.reset(token)
+
+
+@contextmanager
+def actor_branch(branch: ActorBranch) -> Iterator[ActorBranch]:
+    """Hand c_A to the policy loss, for the calls inside the `with` block."""
+    token = _actor_branch.set(branch)
+    try:
+        yield branch
+    finally:
+        _actor_branch.reset(token)
+
+
+def vimpo_advantage(
+    token_level_rewards: Tensor, response_mask: Tensor, index: np.ndarray, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """verl's estimator "vimpo": implied advantages and the value target (paper section 3).
+
+    Args:
+        token_level_rewards: [B, T]; the reward of a sequence is their sum.
+        response_mask: [B, T].
+        index: [B], the uid of each sequence's prompt.
+
+    Returns:
+        advantages [B, T], whitened over the batch, and returns [B, T] = R - V0 on every valid token.
+
+    Raises:
+        RuntimeError: there is no kappa for this batch, because VIMPO's trainer is not in force.
+        ValueError: the joint pass belongs to another batch.
+    """
+    output = _joint_pass_output.get()
+    if output is None:
+        raise RuntimeError(
+            "adv_estimator=vimpo: this batch has no kappa, because VIMPO's trainer is not in force in this process. "
+            "Run `vimpo check` in the environment of the process that failed; a trainer of your own must derive from "
+            "one of verl's sync or colocate_async trainers as found in verl's registry"
+        )
+    if output.token_kl.shape != response_mask.shape:
+        raise ValueError(
+            f"the joint pass covers {tuple(output.token_kl.shape)} response tokens and the batch has "
+            f"{tuple(response_mask.shape)}"
+        )
+    output.result = compute_batch(
+        old_log_prob=output.old_log_prob,
+        ref_log_prob=output.ref_log_prob,
+        token_kl=output.token_kl,
+        response_mask=response_mask,
+        outcome=token_level_rewards.sum(-1),
+        group=index.tolist(),
+        config=output.config,
+        lam=output.lam,
+        is_padding=output.is_padding,
+    )
+    return output.result.advantages, output.result.returns
+
+
+def vimpo_actor_loss(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """verl's policy loss "vimpo": c_A * L_A, where L_A is verl's own PPO-clip loss ("vanilla").
+
+    Arguments and metrics are those of verl's policy losses. L_V is added by verl_patches.value_branch, which also
+    says what c_A is.
+
+    Returns:
+        The micro-batch's share of c_A * L_A, a scalar, and verl's metrics.
+
+    Raises:
+        RuntimeError: the value branch is missing: VIMPO's worker is not in force.
+    """
+    branch = _actor_branch.get()
+    if branch is None:
+        raise RuntimeError(
+            "policy_loss.loss_mode=vimpo: the value loss is missing, because VIMPO's worker is not in force in this "
+            "process; training would go on without L_V. Choose VIMPO with algorithm.adv_estimator=vimpo, not with "
+            "loss_mode, and run `vimpo check` in the environment of the process that failed"
+        )
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+
+    loss, metrics = get_policy_loss_fn("vanilla")(
+        old_log_prob=old_log_prob,
+        log_prob=log_prob,
+        advantages=advantages,
+        response_mask=response_mask,
+        loss_agg_mode=loss_agg_mode,
+        config=config,
+        rollout_is_weights=rollout_is_weights,
+    )
+    branch.loss = loss.detach()
+    return branch.coeff * loss, metrics
+
+
+def register(core_algos: ModuleType) -> None:
+    """Register both names with verl. `core_algos` is the module verl.trainer.ppo.core_algos."""
+    core_algos.register_adv_est(NAME)(vimpo_advantage)
+    core_algos.register_policy_loss(NAME)(vimpo_actor_loss)
