@@ -1,0 +1,160 @@
+"""What VIMPO needs of a verl recipe, as pure functions of verl's configuration.
+
+Every check yields sentences that name the key, say what is wrong and what to write instead. verl_patches.validation
+calls them in the driver, before Ray starts.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+# Trainer modes of verl.trainer.ppo.v1 for which VIMPO has a trainer.
+TRAINER_MODES = ("sync", "colocate_async")
+STRATEGIES = ("fsdp", "fsdp2")
+
+
+def problems(config: Any) -> list[str]:
+    """Everything in the recipe that VIMPO cannot run with.
+
+    Args:
+        config: verl's configuration, a DictConfig, with algorithm.adv_estimator=vimpo.
+
+    Returns:
+        One sentence a problem; empty if the recipe fits.
+    """
+    found: list[str] = []
+    for check in (_algorithm, _trainer, _engine, _model, _losses):
+        found += check(config)
+    return found
+
+
+def warnings(config: Any, beta: float) -> list[str]:
+    """What runs, but perhaps not as meant. Arguments as for `problems`; beta is the knob's value."""
+    found = []
+    if config.actor_rollout_ref.rollout.n == 1:
+        found.append(
+            "actor_rollout_ref.rollout.n=1: every group has one response, so V0 = R and the value loss only pulls the "
+            "policy to the reference; the paper uses 8"
+        )
+    found += _extra_terms(config, beta)
+    return found
+
+
+def _algorithm(config: Any) -> Iterator[str]:
+    algorithm = config.algorithm
+    if algorithm.gamma != 1.0:
+        yield f"algorithm.gamma={algorithm.gamma}: VIMPO's equations have discount 1; write algorithm.gamma=1.0"
+    if not 0.0 <= algorithm.lam <= 1.0:
+        yield f"algorithm.lam={algorithm.lam}: lambda lies in [0, 1]; the paper's is algorithm.lam=1.0"
+    if algorithm.get("use_kl_in_reward", False):
+        yield (
+            "algorithm.use_kl_in_reward=True: the reward would hold the KL that kappa already is, which breaks the "
+            "derivation; write algorithm.use_kl_in_reward=False"
+        )
+    correction = algorithm.get("rollout_correction") or {}
+    if correction.get("bypass_mode", False):
+        yield (
+            "algorithm.rollout_correction.bypass_mode=True: it skips the pass that kappa comes from; write "
+            "algorithm.rollout_correction.bypass_mode=False"
+        )
+    if config.get("critic") is not None and config.critic.get("enable"):
+        yield "critic.enable=True: VIMPO's values are implied by the policy, there is no critic; remove critic.enable"
+
+
+def _trainer(config: Any) -> Iterator[str]:
+    if not config.trainer.get("use_v1", True):
+        yield "trainer.use_v1=False: VIMPO is built on verl's v1 trainer; write trainer.use_v1=True"
+    mode = config.trainer.get("v1", {}).get("trainer_mode", "sync")
+    if mode not in TRAINER_MODES:
+        yield (
+            f"trainer.v1.trainer_mode={mode}: VIMPO has no trainer for it yet; write trainer.v1.trainer_mode=sync or "
+            "colocate_async"
+        )
+
+
+def _engine(config: Any) -> Iterator[str]:
+    actor, ref = config.actor_rollout_ref.actor, config.actor_rollout_ref.ref
+    if actor.strategy not in STRATEGIES:
+        yield (
+            f"actor_rollout_ref.actor.strategy={actor.strategy}: the joint pass runs on verl's FSDP engine; write "
+            "actor_rollout_ref.actor.strategy=fsdp2 (or fsdp)"
+        )
+        return  # the keys below are those of the FSDP engine
+    if ref.strategy != actor.strategy:
+        yield (
+            f"actor_rollout_ref.ref.strategy={ref.strategy} differs from the actor's {actor.strategy}: both share one "
+            "pass; remove actor_rollout_ref.ref.strategy"
+        )
+        return
+    actor_size, ref_size = sequence_parallel_size(actor), sequence_parallel_size(ref)
+    if ref_size not in (1, actor_size):
+        yield (
+            f"actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size={ref_size} differs from the actor's "
+            f"{actor_size}: both share one pass over the same slices; remove it"
+        )
+    for name, role in (("actor", actor), ("ref", ref)):
+        if role.get("pad_to_length", False) or role.fsdp_config.get("pad_to_length", False):
+            yield (
+                f"actor_rollout_ref.{name}.fsdp_config.pad_to_length=True: verl does not allow it together with the "
+                "logits hook that kappa comes from; write pad_to_length=False"
+            )
+
+
+def sequence_parallel_size(role: Any) -> int:
+    """Ulysses size of verl's actor or ref section; the key outside fsdp_config is verl's older spelling."""
+    return max(
+        role.get("ulysses_sequence_parallel_size", 1) or 1, role.fsdp_config.get("ulysses_sequence_parallel_size", 1) or 1
+    )
+
+
+def _model(config: Any) -> Iterator[str]:
+    model = config.actor_rollout_ref.model
+    rank = (model.get("lora") or {}).get("rank", 0) or model.get("lora_rank", 0)
+    if rank > 0 or model.get("lora_adapter_path") is not None:
+        yield (
+            "actor_rollout_ref.model.lora_rank: LoRA is not supported yet; write actor_rollout_ref.model.lora_rank=0 "
+            "and remove lora_adapter_path"
+        )
+    if model.get("use_fused_kernels", False):
+        yield (
+            "actor_rollout_ref.model.use_fused_kernels=True: fused kernels make no logits, and kappa comes from them; "
+            "write actor_rollout_ref.model.use_fused_kernels=False"
+        )
+
+
+def _losses(config: Any) -> Iterator[str]:
+    actor = config.actor_rollout_ref.actor
+    mode = actor.policy_loss.get("loss_mode", "vanilla")
+    if mode not in ("vanilla", "vimpo"):
+        yield (
+            f"actor_rollout_ref.actor.policy_loss.loss_mode={mode}: VIMPO brings its own policy loss; remove "
+            "actor_rollout_ref.actor.policy_loss.loss_mode"
+        )
+    if (config.get("distillation") or {}).get("enabled", False):
+        yield "distillation.enabled=True: VIMPO and distillation use the same logits hook; write distillation.enabled=False"
+    if actor.get("use_prefix_grouper", False):
+        yield (
+            "actor_rollout_ref.actor.use_prefix_grouper=True: the joint pass does not know shared prefixes; write "
+            "actor_rollout_ref.actor.use_prefix_grouper=False"
+        )
+
+
+def _extra_terms(config: Any, beta: float) -> Iterator[str]:
+    """Terms that verl adds to the loss weigh more beside L_V than beside GRPO's loss (docs/method.md, "Scale")."""
+    actor = config.actor_rollout_ref.actor
+    length = config.data.max_response_length
+    scale = (
+        f"VIMPO's loss pushes a token with about beta*T*|residual| where GRPO's pushes with 1: at T = {length} tokens "
+        f"and |residual| = 0.5 that is {beta * length * 0.5:.2g}, so"
+    )
+    if actor.use_kl_loss:
+        yield (
+            f"actor_rollout_ref.actor.use_kl_loss=True is kept. {scale} kl_loss_coef={actor.kl_loss_coef} weighs as "
+            f"{actor.kl_loss_coef / (beta * length * 0.5):.2g} would with GRPO. The paper turns it off: "
+            "actor_rollout_ref.actor.use_kl_loss=False"
+        )
+    if actor.entropy_coeff != 0:
+        yield (
+            f"actor_rollout_ref.actor.entropy_coeff={actor.entropy_coeff} is kept. {scale} it weighs as "
+            f"{actor.entropy_coeff / (beta * length * 0.5):.2g} would with GRPO. The paper has none: "
+            "actor_rollout_ref.actor.entropy_coeff=0"
+        )

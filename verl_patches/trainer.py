@@ -1,0 +1,153 @@
+"""Seam: VIMPO's trainers, in verl's registry under the names of the trainers they extend.
+
+Touches verl.trainer.ppo.v1.trainer_base.TRAINER_REGISTRY and, by subclassing, PPOTrainer's methods
+_init_resource_pool_mgr, _compute_old_log_prob, _compute_ref_log_prob, _compute_advantage and _update_actor. With another
+estimator the registered name still makes verl's own trainer. Checked against verl 0.9.1; no upstream issue.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import ray
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.workers.utils.padding import response_from_nested
+from verl_patches.switch import is_vimpo, knobs_of
+from verl_patches.value_branch import ACTOR_COEFF, IS_REAL
+from verl_patches.worker import VimpoActorRolloutRefWorker
+from vimpo_verl.registrations import JointPassOutput, joint_pass_output
+
+
+def install(v1: ModuleType) -> None:
+    """Replace verl's trainers in its registry. `v1` is the module verl.trainer.ppo.v1."""
+    for mode, trainer in (("sync", VimpoTrainerSync), ("colocate_async", VimpoTrainerColocateAsync)):
+        if TRAINER_REGISTRY.get(mode) is not trainer.stock:
+            raise RuntimeError(f"verl's trainer {mode!r} is {TRAINER_REGISTRY.get(mode)}, not {trainer.stock}")
+        TRAINER_REGISTRY[mode] = trainer
+
+
+class VimpoTrainer:
+    """What VIMPO changes in a v1 trainer: the worker, the joint pass, the estimator's inputs, c_A of the update.
+
+    A class derived from this one and a trainer of verl, `stock`, makes the stock trainer unless VIMPO is asked for.
+    """
+
+    stock: type
+
+    def __new__(cls, config: Any):
+        if not is_vimpo(config):
+            return cls.stock(config=config)  # not an instance of cls, so Python calls no further __init__
+        return super().__new__(cls)
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.knobs, problems = knobs_of(config)
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        if Role.ActorRolloutRef not in self.role_worker_mapping:
+            raise RuntimeError(
+                f"VIMPO needs one worker with policy and reference; verl chose {list(self.role_worker_mapping)}"
+            )
+        self.role_worker_mapping[Role.ActorRolloutRef] = ray.remote(VimpoActorRolloutRefWorker)
+
+    def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Bookkeeping only: the joint pass under _compute_old_log_prob has already found everything."""
+        data = tq.kv_batch_get(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            select_fields=["ref_log_probs", "token_kl", "response_mask"],
+        )
+        mask = data["response_mask"]
+        ref_log_prob = response_from_nested(data["ref_log_probs"], mask)
+        token_kl = response_from_nested(data["token_kl"], mask)
+        _require_sound(batch.keys, mask, ref_log_prob=ref_log_prob, token_kl=token_kl)
+        is_real = torch.tensor([not is_padding for is_padding in _is_padding(batch)], dtype=torch.float32)
+        fields = {"ref_log_prob": ref_log_prob, "token_kl": token_kl, IS_REAL: is_real}
+        tq.kv_batch_put(
+            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch))
+        )
+        return batch
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        _require_one_output_a_session(batch.keys)
+        fields = ["old_log_probs", "ref_log_prob", "token_kl"]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        padded = data.to_padded_tensor()
+        output = JointPassOutput(
+            old_log_prob=padded["old_log_probs"],
+            ref_log_prob=padded["ref_log_prob"],
+            token_kl=padded["token_kl"],
+            is_padding=torch.tensor(_is_padding(batch)),
+            config=self.knobs,
+            lam=self.config.algorithm.lam,
+        )
+        with joint_pass_output(output):
+            batch = super()._compute_advantage(batch, metrics)
+        metrics.update(output.result.metrics)
+        batch.extra_info[ACTOR_COEFF] = output.result.actor_coeff
+        return batch
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch = super()._update_actor(batch, metrics)
+        for name in [name for name in metrics if name.startswith("actor/vimpo/")]:
+            metrics[name.removeprefix("actor/")] = metrics.pop(name)  # verl puts "actor/" before a worker's metrics
+        return batch
+
+
+class VimpoTrainerSync(VimpoTrainer, PPOTrainerSync):
+    """verl's trainer "sync" with VIMPO."""
+
+    stock = PPOTrainerSync
+
+
+class VimpoTrainerColocateAsync(VimpoTrainer, PPOTrainerColocateAsync):
+    """verl's trainer "colocate_async" with VIMPO."""
+
+    stock = PPOTrainerColocateAsync
+
+
+def _is_padding(batch: KVBatchMeta) -> list[bool]:
+    return [bool(tag.get("is_padding", False)) for tag in batch.tags]
+
+
+def _require_sound(keys: list[str], response_mask: torch.Tensor, **per_token: torch.Tensor) -> None:
+    """A non-finite value on a valid token is a fault to report, not to hide.
+
+    Args:
+        keys: verl's name of each sample.
+        response_mask, per_token: nested [B, response].
+
+    Raises:
+        FloatingPointError: naming the quantity, the sample and the token.
+    """
+    valid = response_mask.values().bool()
+    for name, tensor in per_token.items():
+        bad = (valid & ~torch.isfinite(tensor.values())).nonzero()
+        if bad.numel():
+            position = bad[0].item()
+            sample = int(torch.searchsorted(tensor.offsets(), position, right=True)) - 1
+            raise FloatingPointError(
+                f"{name} is {tensor.values()[position].item()} at response token "
+                f"{position - int(tensor.offsets()[sample])} of sample {keys[sample]} ({len(bad)} such tokens in the "
+                "batch): the policy's or the reference's logits are not finite there"
+            )
+
+
+def _require_one_output_a_session(keys: list[str]) -> None:
+    """verl names a sample {uid}_{session}_{output}; the group statistics need one output a session."""
+    sessions = {key.rsplit("_", 1)[0] for key in keys}
+    if len(sessions) != len(keys):
+        raise NotImplementedError(
+            f"VIMPO: {len(keys)} outputs for {len(sessions)} sessions. An agent loop that returns several outputs for "
+            "one session is not supported; return one, with tool output masked"
+        )

@@ -1,0 +1,105 @@
+"""Seam: validate a VIMPO run in the driver, before Ray starts, and carry the knobs to the workers.
+
+Touches verl.utils.config.validate_config, the one function that sees the user's configuration in the driver. Wrapped
+when verl imports that module. Checked against verl 0.9.1; no upstream issue.
+"""
+
+import logging
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from verl_patches import recipe_checks, seams
+from verl_patches.switch import is_vimpo, knobs_of
+from vimpo_verl import __version__
+from vimpo_verl.config import VimpoConfig
+
+logger = logging.getLogger("vimpo_verl")
+
+
+def install(config_module: ModuleType) -> None:
+    """Wrap validate_config in the module verl.utils.config."""
+    wrapt.wrap_function_wrapper(config_module, "validate_config", _validate_config)
+
+
+def _validate_config(wrapped, instance, args, kwargs):
+    config = args[0] if args else kwargs["config"]
+    if not is_vimpo(config):
+        print(f"vimpo_verl {__version__}: loaded, inert (algorithm.adv_estimator={config.algorithm.adv_estimator})")
+        return wrapped(*args, **kwargs)
+    prepare(config)
+    return wrapped(*args, **kwargs)
+
+
+def prepare(config: Any) -> VimpoConfig:
+    """Check a VIMPO configuration and make it the one that verl's workers need. Changes `config`.
+
+    Args:
+        config: verl's configuration, a DictConfig, with algorithm.adv_estimator=vimpo.
+
+    Returns:
+        The knobs.
+
+    Raises:
+        ValueError: listing every problem at once.
+    """
+    knobs, knob_problems = knobs_of(config)
+    found = knob_problems + recipe_checks.problems(config) + _seams_not_in_force()
+    if found:
+        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(found, 1))
+        raise ValueError(f"algorithm.adv_estimator=vimpo cannot run with this configuration:\n{lines}")
+    for warning in recipe_checks.warnings(config, knobs.beta) + _version_warning():
+        logger.warning("vimpo_verl: %s", warning)
+    _carry_to_workers(config, knobs)
+    print(f"vimpo_verl {__version__}: VIMPO in force on verl {_verl_version()}: {knobs}, lam={config.algorithm.lam}")
+    return knobs
+
+
+def _seams_not_in_force() -> list[str]:
+    import verl.trainer.ppo.v1  # noqa: F401  the last of the modules that seams belong to
+
+    failures = seams.failures()
+    return [
+        f"the seam '{seam.name}' ({seam.module}: {seam.touches}) is not in force: "
+        + failures.get(seam.name, "verl did not load the plugin; is VERL_USE_EXTERNAL_PLUGINS set?")
+        for seam in seams.SEAMS
+        if not seams.is_in_force(seam)
+    ]
+
+
+def _verl_version() -> str:
+    import verl
+
+    return verl.__version__
+
+
+def _version_warning() -> list[str]:
+    if _verl_version() in seams.TESTED_VERL:
+        return []
+    return [f"verl {_verl_version()} is not one that vimpo_verl is tested with: {', '.join(seams.TESTED_VERL)}"]
+
+
+def _carry_to_workers(config: Any, knobs: VimpoConfig) -> None:
+    """Name VIMPO's policy loss, with the knobs, where verl's workers build their losses from."""
+    from dataclasses import asdict
+
+    from omegaconf import open_dict
+
+    actor_rollout_ref = config.actor_rollout_ref
+    policy_loss = actor_rollout_ref.actor.policy_loss
+    with open_dict(policy_loss):
+        policy_loss._target_ = "verl_patches.policy_loss_config.VimpoPolicyLossConfig"
+        policy_loss.loss_mode = "vimpo"
+        policy_loss.vimpo = {"_target_": "vimpo_verl.config.VimpoConfig", **asdict(knobs)}
+    _fit_reference_to_actor(actor_rollout_ref)
+
+
+def _fit_reference_to_actor(actor_rollout_ref: Any) -> None:
+    """Settings of the reference worker that a GRPO recipe without KL has no reason to give."""
+    actor, ref, rollout = actor_rollout_ref.actor, actor_rollout_ref.ref, actor_rollout_ref.rollout
+    # verl wants a micro-batch size of whatever reference worker there is. A GRPO recipe without KL gives none, and the
+    # joint pass takes its micro-batches from the actor's log-prob settings.
+    if ref.log_prob_micro_batch_size is None and ref.log_prob_micro_batch_size_per_gpu is None:
+        ref.log_prob_micro_batch_size_per_gpu = rollout.log_prob_micro_batch_size_per_gpu
+    ref.fsdp_config.ulysses_sequence_parallel_size = recipe_checks.sequence_parallel_size(actor)

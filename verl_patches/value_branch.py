@@ -1,0 +1,98 @@
+"""Seam: the update's loss, L = c_A * L_A + L_V.
+
+Touches verl.workers.utils.losses.ppo_loss, by composition: the worker's loss function becomes one that calls ppo_loss
+and adds L_V, which ppo_loss cannot do because it hands a registered policy loss no reference log-probs (volcengine/verl
+#7712). ppo_loss itself, with its entropy and KL terms, stays as it is. Checked against verl 0.9.1.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from verl.utils import tensordict_utils as tu
+from verl.utils.metric import AggregationType, Metric
+from verl.workers.utils.padding import no_padding_2_padding
+from vimpo_verl import functional as F
+from vimpo_verl.config import VimpoConfig
+from vimpo_verl.registrations import ActorBranch, actor_branch
+
+# Names under which the trainer and the worker hand the loss what it needs.
+ACTOR_COEFF = "vimpo_actor_coeff"  # float, c_A of the batch
+IS_REAL = "vimpo_is_real"  # [B], 0 for the placeholder samples that verl adds to fill a batch
+NUM_SEQUENCES = "vimpo_num_sequences"  # int, real sequences of the global mini-batch
+
+
+class VimpoLoss:
+    """The loss function of VIMPO's actor worker.
+
+    Args:
+        ppo_loss: verl's ppo_loss with its actor configuration bound; its policy loss must be "vimpo".
+        knobs: VIMPO's configuration.
+    """
+
+    def __init__(self, ppo_loss: Callable, knobs: VimpoConfig):
+        self.ppo_loss, self.knobs = ppo_loss, knobs
+
+    def __call__(self, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None) -> tuple[Tensor, dict]:
+        """A micro-batch's share of the loss of its global mini-batch, and its metrics.
+
+        Args:
+            model_output: verl's, with nested `log_probs`.
+            data: the micro-batch.
+            dp_group: passed on.
+
+        Raises:
+            RuntimeError: the batch lacks what VIMPO's trainer puts into it, or ppo_loss did not call "vimpo".
+        """
+        _require_fields(data)
+        with actor_branch(ActorBranch(coeff=tu.get_non_tensor_data(data, ACTOR_COEFF, None))) as branch:
+            loss, metrics = self.ppo_loss(model_output=model_output, data=data, dp_group=dp_group)
+        if branch.loss is None:
+            raise RuntimeError("verl did not call the policy loss 'vimpo': is actor.policy_loss.loss_mode=vimpo?")
+        value_loss = self._value_loss(model_output, data)
+        # Both are shares of a mean over the global mini-batch: the shares of its micro-batches add up.
+        metrics["vimpo/actor_loss"] = Metric(value=branch.loss, aggregation=AggregationType.SUM)
+        metrics["vimpo/value_loss"] = Metric(value=value_loss.detach(), aggregation=AggregationType.SUM)
+        return loss + value_loss, metrics
+
+    def _value_loss(self, model_output: dict[str, Tensor], data: TensorDict) -> Tensor:
+        """L_V: the mean over the real sequences of the global mini-batch, whatever loss_agg_mode says.
+
+        Scaled by dp_size like verl's own losses, because FSDP averages gradients over the data-parallel ranks.
+        """
+        log_prob = no_padding_2_padding(model_output["log_probs"], data)
+        batch = data.select("response_mask", "ref_log_prob", "token_kl", "returns").to_padded_tensor()
+        mask = batch["response_mask"].bool()
+        per_sequence = F.value_loss(
+            log_prob,
+            batch["ref_log_prob"],
+            batch["token_kl"],
+            target_of(batch["returns"], mask),
+            mask,
+            self.knobs.beta,
+            loss_type=self.knobs.value_loss_type,
+            huber_delta=self.knobs.huber_delta,
+        )
+        count = tu.get_non_tensor_data(data, NUM_SEQUENCES, None)
+        # A placeholder has an empty mask and target 0, so its loss is 0. A mini-batch of nothing else has no mean.
+        return per_sequence.sum() * (data["dp_size"] / count if count else 0.0)
+
+
+def target_of(returns: Tensor, response_mask: Tensor) -> Tensor:
+    """[B, T] -> [B]: the value target, which every valid token of a sequence carries; 0 where there is none."""
+    first_valid = response_mask.int().argmax(-1, keepdim=True)
+    target = returns.gather(-1, first_valid).squeeze(-1)
+    return torch.where(response_mask.any(-1), target, torch.zeros_like(target))
+
+
+def _require_fields(data: TensorDict) -> None:
+    needed = ("ref_log_prob", "token_kl", "returns", ACTOR_COEFF, NUM_SEQUENCES)
+    missing = [name for name in needed if name not in data.keys()]
+    if missing:
+        raise RuntimeError(
+            f"this batch lacks {', '.join(missing)}: VIMPO's trainer or training worker is not in force in this run. "
+            "Run `vimpo check` in the environment of the process that failed"
+        )

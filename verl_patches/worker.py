@@ -1,0 +1,65 @@
+"""Seam: VIMPO's worker, which holds policy and reference and runs both in one pass.
+
+Touches verl.workers.engine_workers.ActorRolloutRefWorker and TrainingWorker, by subclassing; VIMPO's trainer puts the
+subclass where verl's was. Checked against verl 0.9.1; no upstream issue.
+"""
+
+import torch
+from tensordict import TensorDict
+
+from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
+from verl.utils import tensordict_utils as tu
+from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.profiler import DistProfiler
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+from verl_patches.joint_pass import joint_infer_batch
+from verl_patches.value_branch import IS_REAL, NUM_SEQUENCES, VimpoLoss
+
+
+class VimpoTrainingWorker(TrainingWorker):
+    """verl's worker of one model, which tells the loss how many real sequences its global mini-batch has."""
+
+    def train_batch(self, data: TensorDict) -> TensorDict:
+        """One update on a mini-batch; arguments and result are verl's.
+
+        Raises:
+            RuntimeError: the batch did not come from VIMPO's trainer.
+        """
+        if IS_REAL not in data.keys():
+            raise RuntimeError(f"this batch lacks {IS_REAL}: VIMPO's trainer is not in force. Run `vimpo check`")
+        count = data[IS_REAL].sum().to(self.device_name)
+        torch.distributed.all_reduce(count, group=self.engine.get_data_parallel_group())
+        tu.assign_non_tensor(data, **{NUM_SEQUENCES: int(count.item())})
+        return super().train_batch(data)
+
+
+class VimpoActorRolloutRefWorker(ActorRolloutRefWorker):
+    """verl's hybrid worker with VIMPO's joint pass and loss."""
+
+    actor_worker_cls = VimpoTrainingWorker
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self):
+        """Build the models as verl does, then give the actor VIMPO's loss.
+
+        Raises:
+            RuntimeError: the worker has no reference model.
+        """
+        super().init_model()
+        if self.ref is None:
+            raise RuntimeError(
+                f"VIMPO needs the reference model in the worker of the policy, but this worker's role is {self.role!r}"
+            )
+        self.knobs = omega_conf_to_dataclass(self.config.actor.policy_loss).vimpo
+        self.actor.set_loss_fn(VimpoLoss(self.loss_fn, self.knobs))
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    @DistProfiler.annotate(color="blue", role="actor_compute_log_prob")
+    def compute_log_prob(self, data: TensorDict) -> TensorDict:
+        """verl's pass for the old log-probs, with the reference's in it.
+
+        Returns:
+            verl's output, with `ref_log_probs` and `token_kl` beside `log_probs` and `entropy`.
+        """
+        output = joint_infer_batch(self.actor, self.ref, data, self.knobs.kl_estimator)
+        return output.cpu() if output is not None else None
