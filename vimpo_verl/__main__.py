@@ -1,0 +1,21 @@
+"""The command `vimpo`, also `python -m vimpo_verl`."""
+
+import argparse
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="vimpo", description="VIMPO (arXiv 2606.20008) as an add-on to verl.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("check", help="say whether algorithm.adv_estimator=vimpo would work in this environment")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "check":
+        from vimpo_verl import check
+
+        return check.main()
+    parser.error(f"unknown command {arguments.command}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
