@@ -18,9 +18,9 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["vimpo_verl", "vimpo_verl.*", "verl_patches", "verl_patches.*"]),
     # verl itself is not required here: whoever installs this has chosen their verl, and `vimpo check` says if it fits.
-    install_requires=["packaging", "torch", "wrapt>=1.16"],
+    # TransferQueue is what verl's v1 trainer runs on; `pip install verl` alone leaves it out.
+    install_requires=["torch", "TransferQueue>=0.1.10", "wrapt>=1.16"],
     extras_require={
-        "verl": ["verl>=0.9.0,<0.10"],
         "test": ["hypothesis", "pytest", "pytest-timeout"],
         "plot": ["matplotlib"],
     },
