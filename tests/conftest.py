@@ -1,0 +1,32 @@
+"""Shared by all tests: the environment that verl needs on a machine without a GPU, and the marker `gpu`."""
+
+import os
+
+# Before anything imports verl: without a GPU, verl finds its platform in verl_patches.cpu through this variable.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("VERL_PLATFORM", "cpu")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# The machine may be small and busy: no deadline a case. The long mode is `HYPOTHESIS_PROFILE=long bash tests/run.sh`.
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("default", max_examples=200, **_COMMON)
+settings.register_profile("long", max_examples=10_000, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a CUDA device where there is none."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
