@@ -18,8 +18,8 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["vimpo_verl", "vimpo_verl.*", "verl_patches", "verl_patches.*"]),
     # verl itself is not required here: whoever installs this has chosen their verl, and `vimpo check` says if it fits.
-    # TransferQueue is what verl's v1 trainer runs on; `pip install verl` alone leaves it out.
-    install_requires=["torch", "TransferQueue>=0.1.10", "wrapt>=1.16"],
+    # verl's v1 trainer cannot be imported without the last four, and `pip install verl` alone leaves them out.
+    install_requires=["torch", "wrapt>=1.16", "TransferQueue>=0.1.10", "cachetools", "fastapi", "uvicorn"],
     extras_require={
         "test": ["hypothesis", "pytest", "pytest-timeout"],
         "plot": ["matplotlib"],
