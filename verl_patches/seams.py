@@ -10,8 +10,6 @@ import sys
 import traceback
 from dataclasses import dataclass
 
-import wrapt
-
 # Releases of verl whose tests passed with this version of vimpo_verl.
 TESTED_VERL = ("0.9.1",)
 
@@ -75,6 +73,8 @@ _failures: dict[str, str] = {}
 
 def hook_all() -> None:
     """Put every seam in force as soon as verl imports its module (at once where it already has)."""
+    import wrapt  # here, so that `vimpo check` can read the table where nothing is installed
+
     for seam in SEAMS:
         wrapt.when_imported(seam.module)(lambda module, seam=seam: _install(seam, module))
 
