@@ -1,0 +1,157 @@
+#!/usr/bin/env bash
+# One tiny run of verl on a CPU: real verl, FSDP2 and vLLM, a model of 0.1 million parameters, a task that is checked.
+#
+#   ALGO=grpo examples/tiny/run_tiny.sh
+#   ALGO=vimpo examples/tiny/run_tiny.sh algorithm.lam=0.95 +algorithm.vimpo.beta=1e-3
+#
+# Everything after the script's name goes to verl as Hydra overrides, after the settings below, so it wins.
+# Metrics of each step: $OUT/metrics.jsonl; verl's own output: $OUT/log.txt.
+
+set -euo pipefail
+
+#################### settings of the user, by environment variable ####################
+ALGO=${ALGO:-vimpo}                 # vimpo or grpo
+STEPS=${STEPS:-30}                  # training steps
+SEED=${SEED:-1}                     # order of the prompts and sampling
+LR=${LR:-1e-3}
+PROMPTS=${PROMPTS:-32}              # prompts a step, one mini-batch: strictly on-policy
+RESPONSES=${RESPONSES:-8}           # responses a prompt
+STRATEGY=${STRATEGY:-fsdp2}         # fsdp2 or fsdp
+RANKS=${RANKS:-1}                   # data-parallel ranks (and vLLM replicas)
+TIMEOUT=${TIMEOUT:-1800}            # seconds, start-up included
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(cd "$HERE/../.." && pwd)
+WORK=${WORK:-$ROOT/outputs/tiny}    # model and data, made once
+OUT=${OUT:-$WORK/$ALGO}             # what this run writes
+PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
+########################################################################################
+
+case $ALGO in
+    vimpo | grpo) ;;
+    *) echo "run_tiny.sh: ALGO must be vimpo or grpo, not '$ALGO'" >&2; exit 2 ;;
+esac
+if [[ ! -x $PYTHON ]]; then
+    echo "run_tiny.sh: no $PYTHON; run examples/setup_env.sh, or set PYTHON" >&2
+    exit 2
+fi
+
+# ------------------------------------------------------------------ environment
+export VERL_PLATFORM=cpu                                 # verl_patches/cpu
+export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
+export VLLM_CPU_OMP_THREADS_BIND=nobind
+export TORCHDYNAMO_DISABLE=1                             # nothing here is worth compiling
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0
+export VLLM_HOST_IP=127.0.0.1 GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} VLLM_NO_USAGE_STATS=1
+unset RAY_ADDRESS                                        # a cluster of our own, whatever else runs here
+
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+export VERL_FILE_LOGGER_PATH=$OUT/metrics.jsonl
+rm -f "$VERL_FILE_LOGGER_PATH"
+RAY_TMP=$(mktemp -d /tmp/vimpo.XXXXXX)                   # short: Ray puts Unix sockets there, whose paths are limited
+trap 'rm -rf "$RAY_TMP"' EXIT
+
+# ------------------------------------------------------------------ data and model, if missing
+if [[ ! -f $WORK/data/test.parquet ]]; then
+    "$PYTHON" "$HERE/make_data.py" --out "$WORK/data"
+fi
+if [[ ! -f $WORK/model/tokenizer.json ]]; then
+    "$PYTHON" "$HERE/make_model.py" --out "$WORK/model"
+fi
+
+# ------------------------------------------------------------------ verl
+DATA=(
+    data.train_files="$WORK/data/train.parquet"
+    data.val_files="$WORK/data/test.parquet"
+    data.train_batch_size="$PROMPTS"
+    data.max_prompt_length=16
+    data.max_response_length=12
+    data.seed="$SEED"
+    data.dataloader_num_workers=0
+)
+MODEL=(
+    actor_rollout_ref.model.path="$WORK/model"
+    actor_rollout_ref.model.enable_gradient_checkpointing=False
+    +actor_rollout_ref.model.override_config.attn_implementation=sdpa
+)
+ACTOR=(
+    actor_rollout_ref.actor.strategy="$STRATEGY"
+    actor_rollout_ref.actor.optim.lr="$LR"
+    actor_rollout_ref.actor.optim.weight_decay=0.0
+    actor_rollout_ref.actor.ppo_mini_batch_size="$PROMPTS"
+    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=256
+    actor_rollout_ref.actor.use_kl_loss=False
+    actor_rollout_ref.actor.entropy_coeff=0
+    actor_rollout_ref.actor.use_torch_compile=False
+    actor_rollout_ref.actor.data_loader_seed="$SEED"
+    actor_rollout_ref.actor.fsdp_config.use_torch_compile=False
+    actor_rollout_ref.actor.fsdp_config.dtype=float32
+    +actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32
+)
+REF=(
+    actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=256
+    actor_rollout_ref.ref.use_torch_compile=False
+    actor_rollout_ref.ref.fsdp_config.use_torch_compile=False
+    actor_rollout_ref.ref.fsdp_config.dtype=float32
+    +actor_rollout_ref.ref.fsdp_config.mixed_precision.param_dtype=fp32
+)
+ROLLOUT=(
+    actor_rollout_ref.rollout.name=vllm
+    actor_rollout_ref.rollout.n="$RESPONSES"
+    actor_rollout_ref.rollout.seed="$SEED"
+    actor_rollout_ref.rollout.dtype=float32
+    actor_rollout_ref.rollout.tensor_model_parallel_size=1
+    actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=256
+    actor_rollout_ref.rollout.enforce_eager=True
+    actor_rollout_ref.rollout.free_cache_engine=False
+    +actor_rollout_ref.rollout.enable_sleep_mode=False
+    actor_rollout_ref.rollout.max_model_len=128
+    actor_rollout_ref.rollout.max_num_batched_tokens=2048
+    actor_rollout_ref.rollout.max_num_seqs=128
+    actor_rollout_ref.rollout.agent.num_workers=1
+    actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=16
+)
+REWARD=(
+    reward.num_workers=1
+    reward.custom_reward_function.path="$HERE/reward.py"
+    reward.custom_reward_function.name=compute_score
+)
+ALGORITHM=(
+    algorithm.adv_estimator="$ALGO"
+    algorithm.use_kl_in_reward=False
+)
+TRAINER=(
+    trainer.device=cpu
+    trainer.nnodes=1
+    trainer.n_gpus_per_node="$RANKS"
+    trainer.v1.trainer_mode=sync
+    trainer.total_training_steps="$STEPS"
+    trainer.total_epochs=1000
+    trainer.val_before_train=True
+    trainer.test_freq="$STEPS"
+    trainer.save_freq=-1
+    trainer.resume_mode=disable
+    trainer.project_name=tiny
+    trainer.experiment_name=tiny
+    trainer.default_local_dir="$OUT/checkpoints"
+    trainer.logger='[console,file]'
+)
+RUNTIME=(
+    +ray_kwargs.ray_init.address=local
+    +ray_kwargs.ray_init._node_ip_address=127.0.0.1
+    +ray_kwargs.ray_init._temp_dir="$RAY_TMP"
+    +ray_kwargs.ray_init.include_dashboard=False
+    +ray_kwargs.ray_init.object_store_memory=500000000
+    ray_kwargs.ray_init.num_cpus=16                      # logical: every actor asks for one
+    +ray_kwargs.ray_init.num_gpus="$RANKS"               # logical: verl's resource pools ask for GPUs
+    transfer_queue.backend.SimpleStorage.num_data_storage_units=1
+    transfer_queue.backend.SimpleStorage.total_storage_size=2000
+    hydra.run.dir="$OUT/hydra"
+)
+
+"$PYTHON" "$HERE/watch.py" --name "$ALGO" --steps "$STEPS" --metrics "$OUT/metrics.jsonl" --log "$OUT/log.txt" -- \
+    timeout --kill-after=60 "$TIMEOUT" \
+    "$PYTHON" -m verl.trainer.main_ppo \
+    "${DATA[@]}" "${MODEL[@]}" "${ACTOR[@]}" "${REF[@]}" "${ROLLOUT[@]}" "${REWARD[@]}" \
+    "${ALGORITHM[@]}" "${TRAINER[@]}" "${RUNTIME[@]}" \
+    "$@"
