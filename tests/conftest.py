@@ -30,3 +30,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folder with a tiny policy and reference; a process group for verl's workers in this process."""
+    import engine_harness
+
+    folder = tmp_path_factory.mktemp("models")
+    engine_harness.make_models(folder)
+    engine_harness.start_process_group()
+    yield folder
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,127 @@
+"""A step of VIMPO written out in float64 with loops over samples and tokens: the reference for the engine tests.
+
+Nothing of vimpo_verl or verl is used here: HF's forward, one sample at a time, and the equations of the paper.
+"""
+
+from pathlib import Path
+
+import torch
+
+CLIP_LOW, CLIP_HIGH, CLIP_DUAL = 0.2, 0.28, 10.0
+
+
+def load(path: Path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager").eval()
+
+
+def log_distributions(model, sample, temperature) -> torch.Tensor:
+    """[T, V]: log pi( . | prompt, y_<t) for every response token."""
+    tokens = torch.tensor([sample.prompt + sample.response])
+    logits = model(input_ids=tokens).logits[0] / temperature
+    first = len(sample.prompt) - 1
+    return torch.log_softmax(logits[first : first + len(sample.response)], dim=-1)
+
+
+def per_token(policy, ref, samples, temperature) -> dict[str, list[torch.Tensor]]:
+    """log-probs, entropy and KL of every response token."""
+    found = {"log_probs": [], "entropy": [], "ref_log_probs": [], "token_kl": []}
+    with torch.no_grad():
+        for sample in samples:
+            log_p, log_q = (log_distributions(model, sample, temperature) for model in (policy, ref))
+            label = torch.tensor(sample.response).unsqueeze(-1)
+            found["log_probs"].append(log_p.gather(-1, label).squeeze(-1))
+            found["ref_log_probs"].append(log_q.gather(-1, label).squeeze(-1))
+            found["entropy"].append(-(log_p.exp() * log_p).sum(-1))
+            found["token_kl"].append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return found
+
+
+def advantages_and_targets(tokens, samples, beta, lam):
+    """Loops: whitened A_t and S_i = sum_t td_t of each sample, R - V0 of each sample."""
+    raw, sums = [], []
+    for i, sample in enumerate(samples):
+        td = beta * (tokens["log_probs"][i] - tokens["ref_log_probs"][i] - tokens["token_kl"][i])
+        running, row = 0.0, [0.0] * len(sample.response)
+        for t in reversed(range(len(sample.response))):
+            if sample.mask[t]:
+                running = td[t].item() + lam * running
+                row[t] = running
+        raw.append(row)
+        sums.append(sum(td[t].item() for t in range(len(td)) if sample.mask[t]))
+    valid = [a for row, sample in zip(raw, samples) for a, m in zip(row, sample.mask) if m]
+    mean = sum(valid) / len(valid)
+    variance = sum((a - mean) ** 2 for a in valid) / (len(valid) - 1)
+    white = [
+        [(a - mean) / (variance + 1e-8) ** 0.5 if m else 0.0 for a, m in zip(row, sample.mask)]
+        for row, sample in zip(raw, samples)
+    ]
+    targets = []
+    for sample in samples:
+        members = [s.outcome for s in samples if s.uid == sample.uid]
+        targets.append(sample.outcome - sum(members) / len(members))
+    return white, sums, targets
+
+
+def actor_coeff(samples, sums, targets, beta, alpha=0.1):
+    """alpha * beta * mean_length * rms_over_tokens(residual) * max(0, correlation within groups)."""
+    lengths = [sum(s.mask) for s in samples]
+    square = sum(n * (s - r) ** 2 for n, s, r in zip(lengths, sums, targets)) / sum(lengths)
+    centred = []
+    for sample, own in zip(samples, sums):
+        members = [s for other, s in zip(samples, sums) if other.uid == sample.uid]
+        centred.append(own - sum(members) / len(members))
+    numerator = sum(a * b for a, b in zip(centred, targets))
+    scale = (sum(a * a for a in centred) * sum(b * b for b in targets)) ** 0.5
+    trust = max(0.0, numerator / scale) if scale > 0 else 0.0
+    return alpha * beta * sum(lengths) / len(lengths) * square**0.5 * trust
+
+
+def step(models: Path, samples, *, temperature=1.0, beta=0.1, lam=1.0, lr=0.0, mini_batches=1, epochs=1, equal=False,
+         entropy_coeff=0.0, kl_coeff=0.0, coeff=None) -> dict:  # fmt: skip
+    """One step with SGD. Returns tokens, coeff, and per update: value_loss, actor_loss, gradients; parameters at the end.
+
+    entropy_coeff, kl_coeff: verl's own terms, token means of the entropy and of the low-variance KL to the reference.
+    """
+    policy, ref = load(models / "policy"), load(models / ("policy" if equal else "ref"))
+    tokens = per_token(policy, ref, samples, temperature)
+    white, sums, targets = advantages_and_targets(tokens, samples, beta, lam)
+    coeff = actor_coeff(samples, sums, targets, beta) if coeff is None else coeff
+    size, updates = len(samples) // mini_batches, []
+    for _ in range(epochs):
+        for start in range(0, len(samples), size):
+            rows = range(start, start + size)
+            value_loss, actor_loss, extra = 0.0, 0.0, 0.0
+            count = sum(sum(samples[i].mask) for i in rows)
+            for i in rows:
+                mask = torch.tensor(samples[i].mask, dtype=torch.float64)
+                log_p = log_distributions(policy, samples[i], temperature)
+                new = log_p.gather(-1, torch.tensor(samples[i].response).unsqueeze(-1)).squeeze(-1)
+                td = beta * (new - tokens["ref_log_probs"][i] - tokens["token_kl"][i])
+                value_loss = value_loss + 0.5 * ((mask * td).sum() - targets[i]) ** 2 / size
+                for t in range(len(mask)):
+                    if mask[t]:
+                        ratio = torch.exp(new[t] - tokens["log_probs"][i][t])
+                        actor_loss = actor_loss + clipped(ratio, white[i][t]) / count
+                entropy = -(log_p.exp() * log_p).sum(-1)
+                to_ref = tokens["ref_log_probs"][i] - new
+                low_variance_kl = torch.exp(to_ref) - to_ref - 1
+                extra = extra + (mask * (kl_coeff * low_variance_kl - entropy_coeff * entropy)).sum() / count
+            policy.zero_grad()
+            (value_loss + coeff * actor_loss + extra).backward()
+            gradients = {name: p.grad.clone() for name, p in policy.named_parameters()}
+            updates.append(
+                {"value_loss": value_loss.item(), "actor_loss": actor_loss.item(), "gradients": gradients}
+            )
+            with torch.no_grad():
+                for p in policy.parameters():
+                    p -= lr * p.grad
+    parameters = {name: p.detach() for name, p in policy.named_parameters()}
+    return {"tokens": tokens, "coeff": coeff, "updates": updates, "parameters": parameters}
+
+
+def clipped(ratio, advantage):
+    """PPO-clip with dual clip (arXiv 1912.09729), as a loss."""
+    loss = max(-ratio * advantage, -ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage)
+    return min(loss, torch.tensor(-CLIP_DUAL * advantage)) if advantage < 0 else loss

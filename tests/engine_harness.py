@@ -1,0 +1,398 @@
+"""verl's real FSDP engine and training workers on a tiny model, without Ray, for the tests of joint pass and update.
+
+A batch is a list of `Sample`s, so that a test can reorder it, pad it, or deal it out to ranks. `run_step` does with it
+what VIMPO's trainer does in a step: joint pass, `compute_batch` over the whole batch, update. With several processes
+(`run_on_ranks`) each rank holds a contiguous part of the list, as with verl's dispatch.
+"""
+
+import os
+import socket
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict
+
+VOCABULARY = 48
+EOS = 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response: `mask` is 1 on the tokens that the policy wrote."""
+
+    uid: str
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+    mask: tuple[int, ...]
+    outcome: float
+    is_padding: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a step is computed: none of it may change the result."""
+
+    strategy: str = "fsdp2"
+    use_remove_padding: bool = True
+    micro_batch_size: int | None = 2  # None: dynamic batch size
+    max_token_len: int = 64
+    gradient_checkpointing: bool = False
+    dtype: str = "fp32"
+    sp_size: int = 1
+    # What does change the result:
+    temperature: float = 1.0
+    mini_batches: int = 1
+    epochs: int = 1
+    lr: float = 0.0
+    lam: float = 1.0
+    knobs: dict = field(default_factory=dict)
+    actor: dict = field(default_factory=dict)
+    equal_models: bool = False
+
+
+def make_models(folder: Path) -> None:
+    """Write a tiny Qwen3 `policy` and a `ref` near it, whose distributions are far from uniform."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, tie_word_embeddings=False,
+        bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config)
+    model.save_pretrained(folder / "policy")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder / "ref")
+
+
+def make_samples(seed: int = 0, prompts: int = 4, group_size: int = 2, tool_tokens: bool = True) -> list[Sample]:
+    """Samples of ragged length in group order; every third has tool output in the middle, the last one no valid token."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
+
+    def tokens(count):
+        return tuple(torch.randint(2, VOCABULARY, (count,), generator=generator).tolist())
+
+    samples = []
+    for p in range(prompts):
+        prompt = tokens(draw(2, 7))
+        for _ in range(group_size):
+            response = tokens(draw(4, 13))
+            mask = [1] * len(response)
+            if tool_tokens and len(samples) % 3 == 0:
+                mask[1:3] = [0, 0]
+            samples.append(Sample(f"p{p}", prompt, response, tuple(mask), float(draw(0, 2))))
+    if tool_tokens:
+        samples[-1] = replace(samples[-1], mask=(0,) * len(samples[-1].mask))
+    return samples
+
+
+def placeholders(count: int) -> list[Sample]:
+    """Placeholder samples as verl makes them: padding_utils.construct_minimal_padding_template."""
+    return [Sample("pad", (EOS,) * 127, (EOS,), (0,), 0.0, is_padding=True)] * count
+
+
+# ---- verl's workers --------------------------------------------------------------------------------------------------
+
+
+def start_process_group(rank: int = 0, world_size: int = 1, port: int | None = None) -> None:
+    """The environment that verl's workers read; the group itself is made by the first worker."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port or free_port()),
+    )  # fmt: skip
+
+
+def let_fsdp1_build_on_cpu() -> None:
+    """FSDP1 refuses to broadcast a module's initial state from CPU memory, although gloo can: lift the check."""
+    import torch.distributed.fsdp._init_utils as init_utils
+
+    if not torch.cuda.is_available():
+        init_utils._check_module_states_for_sync_module_states = lambda module_states: None
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def make_worker(worker_cls, path: Path, setting: Setting, forward_only: bool):
+    """A TrainingWorker with SGD, so that parameters move by lr * gradient."""
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
+
+    let_fsdp1_build_on_cpu()
+    dynamic = setting.micro_batch_size is None
+    worker = worker_cls(
+        config=TrainingWorkerConfig(
+            model_type="language_model",
+            model_config=HFModelConfig(
+                path=str(path),
+                load_tokenizer=False,
+                use_remove_padding=setting.use_remove_padding,
+                enable_gradient_checkpointing=setting.gradient_checkpointing,
+                override_config={"attn_implementation": "sdpa"},
+            ),
+            engine_config=FSDPEngineConfig(
+                strategy=setting.strategy,
+                forward_only=forward_only,
+                model_dtype="fp32",
+                use_torch_compile=False,
+                use_orig_params=True,
+                mixed_precision={"param_dtype": setting.dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+                ulysses_sequence_parallel_size=setting.sp_size,
+                use_dynamic_bsz=dynamic,
+                max_token_len_per_gpu=setting.max_token_len,
+                infer_max_token_len_per_gpu=setting.max_token_len,
+                micro_batch_size_per_gpu=setting.micro_batch_size,
+                infer_micro_batch_size_per_gpu=setting.micro_batch_size,
+            ),
+            optimizer_config=FSDPOptimizerConfig(
+                optimizer="SGD", lr=setting.lr, weight_decay=0.0, clip_grad=1e9, total_training_steps=10
+            ),
+            checkpoint_config=CheckpointConfig(),
+            profiler_config=None,
+        )
+    )
+    worker.reset()
+    return worker
+
+
+@dataclass
+class Workers:
+    """Actor with VIMPO's loss, and reference."""
+
+    actor: object
+    ref: object
+
+
+def make_workers(models: Path, setting: Setting) -> Workers:
+    """As VimpoActorRolloutRefWorker.init_model builds them, but for the rollout."""
+    from verl.workers.config import FSDPActorConfig
+    from verl.workers.engine_workers import TrainingWorker
+    from verl.workers.utils.losses import ppo_loss
+    from verl_patches.policy_loss_config import VimpoPolicyLossConfig
+    from verl_patches.value_branch import VimpoLoss
+    from verl_patches.worker import VimpoTrainingWorker
+
+    actor = make_worker(VimpoTrainingWorker, models / "policy", setting, forward_only=False)
+    ref_path = models / ("policy" if setting.equal_models else "ref")
+    ref = make_worker(TrainingWorker, ref_path, setting, forward_only=True)
+    actor_config = FSDPActorConfig(
+        strategy=setting.strategy,
+        rollout_n=2,
+        ppo_micro_batch_size_per_gpu=1,
+        clip_ratio_low=0.2,
+        clip_ratio_high=0.28,
+        clip_ratio_c=10.0,
+        policy_loss=VimpoPolicyLossConfig(loss_mode="vimpo", vimpo=knobs_of(setting)),
+        **setting.actor,
+    )
+    actor.set_loss_fn(VimpoLoss(partial(ppo_loss, config=actor_config), knobs_of(setting)))
+    return Workers(actor, ref)
+
+
+def knobs_of(setting: Setting):
+    from vimpo_verl.config import VimpoConfig
+
+    # beta is large, so that neither branch of the loss drowns in the other.
+    return VimpoConfig(**{"beta": 0.1, **setting.knobs})
+
+
+# ---- a batch in verl's no-padding format -----------------------------------------------------------------------------
+
+
+def nested(rows: list) -> torch.Tensor:
+    return torch.nested.as_nested_tensor([torch.as_tensor(row) for row in rows], layout=torch.jagged)
+
+
+def to_tensordict(samples: list[Sample], **meta) -> TensorDict:
+    """The fields that verl's agent loop stores, for these samples, and non-tensor `meta`."""
+    from verl.utils import tensordict_utils as tu
+
+    fields = {
+        "input_ids": nested([s.prompt + s.response for s in samples]),
+        "position_ids": nested([range(len(s.prompt + s.response)) for s in samples]),
+        "prompts": nested([s.prompt for s in samples]),
+        "responses": nested([s.response for s in samples]),
+        "response_mask": nested([s.mask for s in samples]),
+        "loss_mask": nested([s.mask for s in samples]),
+    }
+    data = TensorDict(fields, batch_size=len(samples))
+    tu.assign_non_tensor(data, **meta)
+    return data
+
+
+def padded(rows: list[torch.Tensor]) -> torch.Tensor:
+    """[B] rows of ragged length -> [B, T], zeros on the right."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def response_part(rows, samples: list[Sample]) -> list[torch.Tensor]:
+    """Results over prompt and response -> over the response, where position t - 1 predicts token t."""
+    return [row[len(s.prompt) - 1 : len(s.prompt) + len(s.response) - 1] for row, s in zip(rows, samples, strict=True)]
+
+
+# ---- a step ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StepResult:
+    """Everything that a step produced, on rank 0, for the whole batch in the order of the samples."""
+
+    per_token: dict[str, list[torch.Tensor]]  # over the response
+    batch: object  # VimpoBatch
+    gradients: list[dict[str, torch.Tensor]]  # of each mini-batch, before clipping
+    parameters: dict[str, torch.Tensor]  # after the step
+    metrics: dict[str, float]  # as logged
+
+
+def run_step(models: Path, setting: Setting, samples: list[Sample], workers: Workers | None = None) -> StepResult:
+    """One step on all ranks of the process group; `samples` is the whole batch and every rank takes its part."""
+    from verl.utils.metric import reduce_metrics
+    from vimpo_verl.batch import compute_batch
+
+    workers = workers or make_workers(models, setting)
+    ranks = workers.actor.engine.get_data_parallel_size()
+    mine = slice_of_rank(len(samples), workers.actor.engine.get_data_parallel_rank(), ranks)
+    per_token = gather_rows(workers, joint_pass(workers, samples[mine], setting))
+    batch = compute_batch(
+        old_log_prob=padded(per_token["log_probs"]),
+        ref_log_prob=padded(per_token["ref_log_probs"]),
+        token_kl=padded(per_token["token_kl"]),
+        response_mask=padded([torch.tensor(s.mask) for s in samples]),
+        outcome=torch.tensor([s.outcome for s in samples]),
+        group=[s.uid for s in samples],
+        config=knobs_of(setting),
+        lam=setting.lam,
+        is_padding=torch.tensor([s.is_padding for s in samples]),
+    )
+    data = training_data(samples, per_token, batch, setting)[mine]
+    gradients = []
+    with recorded_gradients(workers.actor.engine, gradients):
+        output = workers.actor.train_mini_batch(data)
+    metrics = reduce_metrics(dict(output["metrics"])) if output is not None else {}
+    return StepResult(per_token, batch, gradients, parameters_of(workers.actor.engine), {**batch.metrics, **metrics})
+
+
+def slice_of_rank(length: int, rank: int, ranks: int) -> slice:
+    share = length // ranks
+    return slice(rank * share, (rank + 1) * share)
+
+
+def joint_pass(workers: Workers, samples: list[Sample], setting: Setting) -> dict[str, list[torch.Tensor]]:
+    """VIMPO's joint pass; results over the response."""
+    from verl_patches.joint_pass import joint_infer_batch
+
+    data = to_tensordict(samples, temperature=setting.temperature, calculate_entropy=True, compute_loss=False)
+    output = joint_infer_batch(workers.actor, workers.ref, data, knobs_of(setting).kl_estimator)
+    names = ("log_probs", "entropy", "ref_log_probs", "token_kl")
+    return {name: response_part(output[name].unbind(), samples) for name in names}
+
+
+def gather_rows(workers: Workers, mine: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
+    """The rows of all data-parallel ranks, in order."""
+    group = workers.actor.engine.get_data_parallel_group()
+    parts = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(parts, mine, group=group)
+    return {name: [row for part in parts for row in part[name]] for name in mine}
+
+
+class training_data:
+    """What the trainer leaves in the TransferQueue for the update; indexed by the slice of a rank."""
+
+    def __init__(self, samples, per_token, batch, setting):
+        self.samples, self.per_token, self.batch, self.setting = samples, per_token, batch, setting
+
+    def __getitem__(self, mine: slice) -> TensorDict:
+        samples, setting = self.samples[mine], self.setting
+        mini_batch_size = len(self.samples) // setting.mini_batches
+        data = to_tensordict(
+            samples,
+            temperature=setting.temperature,
+            calculate_entropy=setting.actor.get("entropy_coeff", 0) != 0,
+            distillation_use_topk=False,
+            distillation_only=False,
+            global_batch_size=mini_batch_size,
+            mini_batch_size=mini_batch_size,
+            epochs=setting.epochs,
+            seed=42,
+            dataloader_kwargs={"shuffle": False},
+            vimpo_actor_coeff=self.batch.actor_coeff,
+        )
+        for name, source in {"old_log_probs": "log_probs", "ref_log_prob": "ref_log_probs", "token_kl": "token_kl"}.items():
+            data[name] = nested(self.per_token[source][mine])
+        for name in ("advantages", "returns"):
+            rows = getattr(self.batch, name)[mine]
+            data[name] = nested([row[: len(s.response)] for row, s in zip(rows, samples, strict=True)])
+        data["vimpo_is_real"] = torch.tensor([float(not s.is_padding) for s in samples])
+        return data
+
+
+class recorded_gradients:
+    """Context: keep the gradients of each optimiser step of `engine`, in full, before clipping."""
+
+    def __init__(self, engine, into: list):
+        self.engine, self.into = engine, into
+
+    def __enter__(self):
+        step = self.engine.optimizer_step
+
+        def optimizer_step():
+            self.into.append(_full(self.engine, lambda parameter: parameter.grad))
+            return step()
+
+        self.engine.optimizer_step = optimizer_step
+
+    def __exit__(self, *_):
+        del self.engine.optimizer_step
+
+
+def parameters_of(engine) -> dict[str, torch.Tensor]:
+    return _full(engine, lambda parameter: parameter)
+
+
+def _full(engine, select) -> dict[str, torch.Tensor]:
+    """Name -> a copy of what `select` finds of each parameter, un-sharded, on every rank."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    module = engine.module
+    if isinstance(module, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(module, with_grads=True):
+            found = {name: select(p).detach().clone() for name, p in module.named_parameters()}
+        return {name.replace("_fsdp_wrapped_module.", ""): tensor for name, tensor in found.items()}
+    found = {name: select(p).detach() for name, p in module.named_parameters()}
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in found.items()}
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def run_on_ranks(world_size: int, function, *args):
+    """function(rank, *args) in processes of one gloo group; returns what each rank returned."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    port, spawn = free_port(), multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(world_size, mp_context=spawn) as pool:
+        jobs = [pool.submit(_on_rank, rank, world_size, port, function, args) for rank in range(world_size)]
+        return [job.result(timeout=300) for job in jobs]
+
+
+def _on_rank(rank, world_size, port, function, args):
+    torch.set_num_threads(1)
+    start_process_group(rank, world_size, port)
+    try:
+        return function(rank, *args)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
