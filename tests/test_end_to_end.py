@@ -1,0 +1,143 @@
+"""Whole runs: `python -m verl.trainer.main_ppo` with Ray, FSDP and a real vLLM server, on the CPU, by examples/tiny/run_tiny.sh.
+
+Claimed: VIMPO trains through stock verl by the one switch; kl is exactly 0 at the first step and positive after; a run
+resumes from its checkpoint; two data-parallel ranks work; a step takes no more model forwards than GRPO with a reference;
+a GRPO run with the package installed has the metrics of one without, bit for bit. Not claimed here: that it learns (three
+steps are too few; examples/quickstart.sh shows that) and anything about GPUs.
+"""
+
+import json
+import math
+import os
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RUN_TINY = ROOT / "examples/tiny/run_tiny.sh"
+SMALL = {"PROMPTS": "8", "RESPONSES": "4"}  # 32 sequences a step
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+VIMPO_METRICS = {
+    "vimpo/kl",
+    "vimpo/value_loss",
+    "vimpo/actor_loss",
+    "vimpo/actor_coeff",
+    "vimpo/residual_rms",
+    "vimpo/target_rms",
+    "vimpo/advantage_std",
+    "vimpo/outcome_correlation",
+    "vimpo/value_explained_variance",
+}
+
+
+class Run:
+    """A finished run: its metrics a step, its forwards, its log."""
+
+    def __init__(self, folder: Path):
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        self.steps: dict[int, dict[str, float]] = {}
+        for record in records:
+            self.steps.setdefault(record["step"], {}).update(record["data"])
+        self.log = (folder / "log.txt").read_text(errors="replace")
+        self.forwards = Counter()
+        for line in (folder / "forwards.txt").read_text().splitlines():
+            model, kind, sequences = line.split()
+            self.forwards[model, kind] += int(sequences)
+
+
+def run_tiny(folder: Path, algo: str, steps: int, *overrides: str, **environment: str) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "forwards.txt").unlink(missing_ok=True)
+    env = {
+        **os.environ,
+        **SMALL,
+        "ALGO": algo,
+        "STEPS": str(steps),
+        "OUT": str(folder),
+        "VERL_USE_EXTERNAL_MODULES": "count_forwards",
+        "PYTHONPATH": str(Path(__file__).parent / "plugins"),
+        "COUNT_FORWARDS": str(folder / "forwards.txt"),
+        **environment,
+    }
+    command = ["bash", str(RUN_TINY), "trainer.val_before_train=False", "trainer.test_freq=-1", *overrides]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return Run(folder)
+
+
+@pytest.fixture(scope="module")
+def vimpo_run(tmp_path_factory) -> tuple[Path, Run]:
+    folder = tmp_path_factory.mktemp("vimpo")
+    return folder, run_tiny(folder, "vimpo", 3, "trainer.save_freq=3")
+
+
+@pytest.fixture(scope="module")
+def grpo_run(tmp_path_factory) -> Run:
+    """GRPO with a reference, the package installed."""
+    return run_tiny(tmp_path_factory.mktemp("grpo"), "grpo", 3, "actor_rollout_ref.actor.use_kl_loss=True")
+
+
+def test_three_steps_of_vimpo(vimpo_run):
+    _, run = vimpo_run
+    assert sorted(run.steps) == [1, 2, 3]
+    for step in run.steps.values():
+        assert step.keys() >= VIMPO_METRICS
+        assert all(math.isfinite(value) for name, value in step.items() if name.startswith("vimpo/"))
+    assert run.steps[1]["vimpo/kl"] == 0.0
+    assert run.steps[2]["vimpo/kl"] > 0.0 and run.steps[3]["vimpo/kl"] > 0.0
+    assert run.steps[1]["vimpo/residual_rms"] == run.steps[1]["vimpo/target_rms"] > 0
+    assert run.steps[1]["actor/grad_norm"] > 0
+    assert len({step["critic/score/mean"] for step in run.steps.values()}) > 1, "the reward moves"
+
+
+def test_first_step_is_half_the_mean_square_of_the_targets(vimpo_run):
+    """All responses are at most 12 tokens, so over-token and over-sequence means agree to within their lengths."""
+    _, run = vimpo_run
+    first = run.steps[1]
+    assert first["vimpo/value_loss"] == pytest.approx(0.5 * first["vimpo/target_rms"] ** 2, rel=0.2)
+    assert first["vimpo/actor_coeff"] == 0.0 and first["vimpo/outcome_correlation"] == 0.0
+
+
+def test_driver_says_that_vimpo_is_in_force(vimpo_run):
+    _, run = vimpo_run
+    assert run.log.count("VIMPO in force on verl") == 1
+
+
+def test_resume_goes_on_from_the_checkpoint(vimpo_run):
+    folder, first = vimpo_run
+    run = run_tiny(folder, "vimpo", 5, "trainer.save_freq=-1", "trainer.resume_mode=auto")
+    assert sorted(run.steps) == [4, 5]
+    # The reference is the model that the run started from, not the checkpoint.
+    assert run.steps[4]["vimpo/kl"] > 0.5 * first.steps[3]["vimpo/kl"]
+
+
+def test_two_data_parallel_ranks(tmp_path):
+    run = run_tiny(tmp_path, "vimpo", 2, RANKS="2")
+    assert run.steps[1]["vimpo/kl"] == 0.0 < run.steps[2]["vimpo/kl"]
+    assert run.steps[1]["vimpo/value_loss"] == pytest.approx(0.5 * run.steps[1]["vimpo/target_rms"] ** 2, rel=0.2)
+
+
+def test_step_takes_the_forwards_of_grpo_with_a_reference(vimpo_run, grpo_run):
+    _, vimpo = vimpo_run
+    sequences = 3 * 8 * 4
+    expected = {("policy", "infer"): sequences, ("reference", "infer"): sequences, ("policy", "train"): sequences}
+    assert dict(grpo_run.forwards) == expected
+    assert dict(vimpo.forwards) == expected
+
+
+def test_grpo_is_untouched_by_the_package(grpo_run, tmp_path):
+    without = run_tiny(
+        tmp_path, "grpo", 3, "actor_rollout_ref.actor.use_kl_loss=True", VERL_USE_EXTERNAL_PLUGINS="vimpo_cpu"
+    )
+    assert "vimpo_verl" not in without.log and "loaded, inert" in grpo_run.log
+    for step, expected in without.steps.items():
+        assert _results(grpo_run.steps[step]) == _results(expected)
+
+
+def _results(metrics: dict[str, float]) -> dict[str, float]:
+    """What training computed; times and memory differ from run to run."""
+    return {name: value for name, value in metrics.items() if not name.startswith(("timing", "perf"))}
