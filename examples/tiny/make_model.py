@@ -21,13 +21,14 @@ CHAT_TEMPLATE = (
 )
 PROMPT_TOKENS = LENGTH + len(SEPARATOR)
 EVALUATION_SEED = 987_654_321
+BAR = "{desc} |{bar:40}| {n:.2f} of {total:.2f} [{elapsed}]"
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character."""
     ids = {token: index for index, token in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
     fast.chat_template = CHAT_TEMPLATE
@@ -77,8 +78,8 @@ def warm_up(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, args: a
     rng = random.Random(args.seed)
     held_out = encode(tokenizer, distinct_questions(512, EVALUATION_SEED))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
-    progress = tqdm(range(args.max_steps), desc="warm-up", mininterval=1.0)
-    for step in progress:
+    progress = tqdm(total=args.accuracy, desc="warm-up: accuracy", bar_format=BAR, mininterval=1.0)
+    for step in range(args.max_steps):
         batch = encode(tokenizer, [sample_digits(rng) for _ in range(args.batch_size)])
         loss = -answer_log_probs(model, batch).mean()
         optimizer.zero_grad()
@@ -86,7 +87,7 @@ def warm_up(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, args: a
         optimizer.step()
         if step % args.check_every == 0:
             accuracy = sampled_accuracy(model, held_out)
-            progress.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.3f}")
+            progress.update(min(accuracy, args.accuracy) - progress.n)
             if accuracy >= args.accuracy:
                 progress.close()
                 return accuracy

@@ -13,7 +13,7 @@ set -euo pipefail
 ALGO=${ALGO:-vimpo}                 # vimpo or grpo
 STEPS=${STEPS:-30}                  # training steps
 SEED=${SEED:-1}                     # order of the prompts and sampling
-LR=${LR:-1e-3}
+LR=${LR:-1e-4}
 PROMPTS=${PROMPTS:-32}              # prompts a step, one mini-batch: strictly on-policy
 RESPONSES=${RESPONSES:-8}           # responses a prompt
 STRATEGY=${STRATEGY:-fsdp2}         # fsdp2 or fsdp
@@ -43,13 +43,16 @@ export TORCHDYNAMO_DISABLE=1                             # nothing here is worth
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0
 export VLLM_HOST_IP=127.0.0.1 GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} VLLM_NO_USAGE_STATS=1
 unset RAY_ADDRESS                                        # a cluster of our own, whatever else runs here
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0               # despite the name: Ray stays on the loopback address
 
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 export VERL_FILE_LOGGER_PATH=$OUT/metrics.jsonl
 rm -f "$VERL_FILE_LOGGER_PATH"
-RAY_TMP=$(mktemp -d /tmp/vimpo.XXXXXX)                   # short: Ray puts Unix sockets there, whose paths are limited
-trap 'rm -rf "$RAY_TMP"' EXIT
+# Short, because Ray puts Unix sockets there, whose paths are limited; vLLM and torch leave their files there, too.
+TMPDIR=$(mktemp -d /tmp/vimpo.XXXXXX)
+export TMPDIR
+trap 'rm -rf "$TMPDIR"' EXIT
 
 # ------------------------------------------------------------------ data and model, if missing
 if [[ ! -f $WORK/data/test.parquet ]]; then
@@ -79,7 +82,7 @@ ACTOR=(
     actor_rollout_ref.actor.optim.lr="$LR"
     actor_rollout_ref.actor.optim.weight_decay=0.0
     actor_rollout_ref.actor.ppo_mini_batch_size="$PROMPTS"
-    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=256
+    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=64
     actor_rollout_ref.actor.use_kl_loss=False
     actor_rollout_ref.actor.entropy_coeff=0
     actor_rollout_ref.actor.use_torch_compile=False
@@ -89,7 +92,7 @@ ACTOR=(
     +actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32
 )
 REF=(
-    actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=256
+    actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=64
     actor_rollout_ref.ref.use_torch_compile=False
     actor_rollout_ref.ref.fsdp_config.use_torch_compile=False
     actor_rollout_ref.ref.fsdp_config.dtype=float32
@@ -101,7 +104,7 @@ ROLLOUT=(
     actor_rollout_ref.rollout.seed="$SEED"
     actor_rollout_ref.rollout.dtype=float32
     actor_rollout_ref.rollout.tensor_model_parallel_size=1
-    actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=256
+    actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=64
     actor_rollout_ref.rollout.enforce_eager=True
     actor_rollout_ref.rollout.free_cache_engine=False
     +actor_rollout_ref.rollout.enable_sleep_mode=False
@@ -109,6 +112,8 @@ ROLLOUT=(
     actor_rollout_ref.rollout.max_num_batched_tokens=2048
     actor_rollout_ref.rollout.max_num_seqs=128
     actor_rollout_ref.rollout.agent.num_workers=1
+    actor_rollout_ref.rollout.val_kwargs.do_sample=True  # sampled, as in training: greedy answers are right from the start
+    actor_rollout_ref.rollout.val_kwargs.temperature=1.0
     actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=16
 )
 REWARD=(
@@ -125,6 +130,8 @@ TRAINER=(
     trainer.nnodes=1
     trainer.n_gpus_per_node="$RANKS"
     trainer.v1.trainer_mode=sync
+    trainer.v1.sampler.custom_sampler.path="$HERE/sampler.py"
+    trainer.v1.sampler.custom_sampler.name=QuickReplayBuffer
     trainer.total_training_steps="$STEPS"
     trainer.total_epochs=1000
     trainer.val_before_train=True
@@ -138,8 +145,7 @@ TRAINER=(
 )
 RUNTIME=(
     +ray_kwargs.ray_init.address=local
-    +ray_kwargs.ray_init._node_ip_address=127.0.0.1
-    +ray_kwargs.ray_init._temp_dir="$RAY_TMP"
+    +ray_kwargs.ray_init._temp_dir="$TMPDIR"
     +ray_kwargs.ray_init.include_dashboard=False
     +ray_kwargs.ray_init.object_store_memory=500000000
     ray_kwargs.ray_init.num_cpus=16                      # logical: every actor asks for one

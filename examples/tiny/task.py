@@ -10,8 +10,8 @@ from itertools import accumulate
 LENGTH = 10
 DIGITS = "0123456789"
 SEPARATOR = "="
-PAD, EOS = "<pad>", "<eos>"
-VOCABULARY = [PAD, EOS, SEPARATOR, *DIGITS]
+PAD, EOS = "<pad>", "<|im_end|>"  # verl expects the end-of-turn token of Qwen, and its newline, of a Qwen3
+VOCABULARY = [PAD, EOS, "\n", SEPARATOR, *DIGITS]
 DATA_SOURCE = "running_sums"
 
 
