@@ -7,11 +7,13 @@ what VIMPO's trainer does in a step: joint pass, `compute_batch` over the whole 
 
 import os
 import socket
+import tempfile
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+import ulysses_on_cpu
 from tensordict import TensorDict
 
 VOCABULARY = 48
@@ -130,6 +132,7 @@ def make_worker(worker_cls, path: Path, setting: Setting, forward_only: bool):
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
 
     let_fsdp1_build_on_cpu()
+    attention = ulysses_on_cpu.register() if setting.sp_size > 1 else "sdpa"
     dynamic = setting.micro_batch_size is None
     worker = worker_cls(
         config=TrainingWorkerConfig(
@@ -139,7 +142,7 @@ def make_worker(worker_cls, path: Path, setting: Setting, forward_only: bool):
                 load_tokenizer=False,
                 use_remove_padding=setting.use_remove_padding,
                 enable_gradient_checkpointing=setting.gradient_checkpointing,
-                override_config={"attn_implementation": "sdpa"},
+                override_config={"attn_implementation": attention},
             ),
             engine_config=FSDPEngineConfig(
                 strategy=setting.strategy,
@@ -263,7 +266,7 @@ def run_step(models: Path, setting: Setting, samples: list[Sample], workers: Wor
     workers = workers or make_workers(models, setting)
     ranks = workers.actor.engine.get_data_parallel_size()
     mine = slice_of_rank(len(samples), workers.actor.engine.get_data_parallel_rank(), ranks)
-    per_token = gather_rows(workers, joint_pass(workers, samples[mine], setting))
+    per_token = gather_rows(joint_pass(workers, samples[mine], setting))
     batch = compute_batch(
         old_log_prob=padded(per_token["log_probs"]),
         ref_log_prob=padded(per_token["ref_log_probs"]),
@@ -279,7 +282,7 @@ def run_step(models: Path, setting: Setting, samples: list[Sample], workers: Wor
     gradients = []
     with recorded_gradients(workers.actor.engine, gradients):
         output = workers.actor.train_mini_batch(data)
-    metrics = reduce_metrics(dict(output["metrics"])) if output is not None else {}
+    metrics = reduce_metrics(dict(output["metrics"])) if output is not None else {}  # None: not its group's first rank
     return StepResult(per_token, batch, gradients, parameters_of(workers.actor.engine), {**batch.metrics, **metrics})
 
 
@@ -294,16 +297,17 @@ def joint_pass(workers: Workers, samples: list[Sample], setting: Setting) -> dic
 
     data = to_tensordict(samples, temperature=setting.temperature, calculate_entropy=True, compute_loss=False)
     output = joint_infer_batch(workers.actor, workers.ref, data, knobs_of(setting).kl_estimator)
+    if output is None:  # only the first rank of a sequence-parallel group collects
+        return {}
     names = ("log_probs", "entropy", "ref_log_probs", "token_kl")
     return {name: response_part(output[name].unbind(), samples) for name in names}
 
 
-def gather_rows(workers: Workers, mine: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
-    """The rows of all data-parallel ranks, in order."""
-    group = workers.actor.engine.get_data_parallel_group()
-    parts = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(parts, mine, group=group)
-    return {name: [row for part in parts for row in part[name]] for name in mine}
+def gather_rows(mine: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
+    """The rows of all ranks that collected some, in order, on every rank."""
+    parts = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, mine)
+    return {name: [row for part in parts for row in part.get(name, [])] for name in parts[0]}
 
 
 class training_data:
@@ -378,21 +382,15 @@ def _full(engine, select) -> dict[str, torch.Tensor]:
 
 
 def run_on_ranks(world_size: int, function, *args):
-    """function(rank, *args) in processes of one gloo group; returns what each rank returned."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    port, spawn = free_port(), multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(world_size, mp_context=spawn) as pool:
-        jobs = [pool.submit(_on_rank, rank, world_size, port, function, args) for rank in range(world_size)]
-        return [job.result(timeout=300) for job in jobs]
+    """function(rank, *args) in processes of one gloo group; returns what each rank returned. One that fails ends all."""
+    with tempfile.TemporaryDirectory() as folder:
+        everything = (world_size, free_port(), Path(folder), function, args)
+        torch.multiprocessing.start_processes(_on_rank, everything, world_size, daemon=True, start_method="spawn")
+        return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(world_size)]
 
 
-def _on_rank(rank, world_size, port, function, args):
+def _on_rank(rank, world_size, port, folder, function, args):
     torch.set_num_threads(1)
     start_process_group(rank, world_size, port)
-    try:
-        return function(rank, *args)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    torch.save(function(rank, *args), folder / str(rank))
+    torch.distributed.destroy_process_group()

@@ -109,7 +109,6 @@ def test_in_bfloat16_equal_models_still_give_exactly_zero(models):
 
 
 def steps_on_rank(rank, models, jobs):
-    """Several steps in one process group, because starting one is what takes time."""
     return [run_step(models, setting, samples) for setting, samples in jobs]
 
 
@@ -123,33 +122,50 @@ def dealt(samples, ranks, mini_batches=1):
     return [sample for rank in range(ranks) for part in parts for sample in part[rank::ranks]]
 
 
-def rows_of(samples, ordered):
-    return [next(i for i, other in enumerate(ordered) if other is sample) for sample in samples]
-
-
-def check_ranks(models, ranks):
+def rank_jobs(ranks):
+    """Name -> setting and samples, whose first len(make_samples()) real ones are those of BASE in some order."""
     samples = make_samples()
-    padded_out = samples + placeholders(ranks * len(samples) - len(samples))  # all but rank 0 hold placeholders only
     two_mini_batches = replace(BASE, mini_batches=2, micro_batch_size=1)
-    jobs = [
-        (BASE, samples),
-        (BASE, dealt(samples, ranks)),
-        (replace(BASE, strategy="fsdp"), dealt(samples, ranks)),
-        (replace(BASE, micro_batch_size=None, max_token_len=40), dealt(samples, ranks)),
-        (replace(BASE, use_remove_padding=False, micro_batch_size=1), dealt(samples, ranks)),
-        (two_mini_batches, dealt(samples, ranks, mini_batches=2)),
-        (BASE, padded_out),
-    ]
-    results = run_on_ranks(ranks, steps_on_rank, models, jobs)[0]
-    expected = {1: run_step(models, BASE, samples), 2: run_step(models, two_mini_batches, samples)}
-    for (setting, ordered), result in zip(jobs, results, strict=True):
-        assert_same(result, expected[setting.mini_batches], rows=rows_of(samples, ordered))
+    return {
+        "groups together": (BASE, samples),
+        "groups over ranks": (BASE, dealt(samples, ranks)),
+        "FSDP1": (replace(BASE, strategy="fsdp"), dealt(samples, ranks)),
+        "dynamic batch": (replace(BASE, micro_batch_size=None, max_token_len=40), dealt(samples, ranks)),
+        "padding kept": (replace(BASE, use_remove_padding=False, micro_batch_size=1), dealt(samples, ranks)),
+        "two mini-batches": (two_mini_batches, dealt(samples, ranks, mini_batches=2)),
+        "ranks of placeholders only": (BASE, samples + placeholders((ranks - 1) * len(samples))),
+    }
 
 
-def test_two_data_parallel_ranks(models):
-    check_ranks(models, ranks=2)
+# Ulysses: each rank has every second half of the packed tokens, and the labels that go with it.
+SEQUENCE_PARALLEL_JOBS = {
+    "sequence parallel": (replace(BASE, sp_size=2), make_samples()),
+    "sequence parallel, dynamic batch": (replace(BASE, sp_size=2, micro_batch_size=None), make_samples()),
+}
+TWO_RANK_JOBS = {**rank_jobs(2), **SEQUENCE_PARALLEL_JOBS}
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(models):
+    """Name of the job -> result on rank 0. All in one pair of processes, because starting them is what takes time."""
+    results = run_on_ranks(2, steps_on_rank, models, list(TWO_RANK_JOBS.values()))[0]
+    return dict(zip(TWO_RANK_JOBS, results, strict=True))
+
+
+def check_job(models, job, result):
+    (setting, ordered), samples = job, make_samples()
+    expected = run_step(models, replace(BASE, mini_batches=setting.mini_batches, micro_batch_size=1), samples)
+    assert_same(result, expected, rows=[ordered.index(sample) for sample in samples])
+
+
+@pytest.mark.parametrize("name", TWO_RANK_JOBS)
+def test_on_two_ranks(models, on_two_ranks, name):
+    check_job(models, TWO_RANK_JOBS[name], on_two_ranks[name])
 
 
 @pytest.mark.slow
-def test_four_data_parallel_ranks(models):
-    check_ranks(models, ranks=4)
+def test_on_four_ranks(models):
+    jobs = rank_jobs(4)
+    results = run_on_ranks(4, steps_on_rank, models, list(jobs.values()))[0]
+    for job, result in zip(jobs.values(), results, strict=True):
+        check_job(models, job, result)
