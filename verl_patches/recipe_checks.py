@@ -39,6 +39,35 @@ def warnings(config: Any, beta: float) -> list[str]:
     return found
 
 
+def noise_problems(config: Any) -> list[str]:
+    """Everything in the recipe that reward noise cannot run with, for any estimator.
+
+    Args:
+        config: verl's configuration, a DictConfig, with a section algorithm.reward_noise.
+    """
+    return [*_noise_trainer(config), *_noise_rewards(config)]
+
+
+def _noise_trainer(config: Any) -> Iterator[str]:
+    if not config.trainer.get("use_v1", True):
+        yield "trainer.use_v1=False: algorithm.reward_noise is built on verl's v1 trainer; write trainer.use_v1=True"
+    mode = config.trainer.get("v1", {}).get("trainer_mode", "sync")
+    if mode not in TRAINER_MODES:
+        yield (
+            f"trainer.v1.trainer_mode={mode}: algorithm.reward_noise has no trainer for it; write "
+            "trainer.v1.trainer_mode=sync or colocate_async"
+        )
+
+
+def _noise_rewards(config: Any) -> Iterator[str]:
+    overlong = (config.reward.get("reward_kwargs") or {}).get("overlong_buffer_cfg") or {}
+    if overlong.get("enable", False):
+        yield (
+            "reward.reward_kwargs.overlong_buffer_cfg.enable=True: its penalty makes rewards that are neither 0 nor 1, "
+            "and algorithm.reward_noise flips 0 and 1 only; write reward.reward_kwargs.overlong_buffer_cfg.enable=False"
+        )
+
+
 def _algorithm(config: Any) -> Iterator[str]:
     algorithm = config.algorithm
     if algorithm.gamma != 1.0:

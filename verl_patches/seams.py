@@ -23,7 +23,7 @@ class Seam:
         module: the verl module whose import puts the seam in force.
         install: "package.module:function"; the function receives that verl module.
         touches: the verl functions or registries concerned, for the reader and for `vimpo check`.
-        how: "registration" or "wrapper".
+        how: "registration", "wrapper" or "subclass".
         upstream: the verl issue that would make the seam unnecessary, if there is one.
     """
 
@@ -64,6 +64,13 @@ SEAMS = (
         touches="TRAINER_REGISTRY, PPOTrainer.role_worker_mapping, ActorRolloutRefWorker, TrainingWorker",
         how="registration",
         upstream="volcengine/verl#7712 (reference log-probs for a registered policy loss)",
+    ),
+    Seam(
+        name="reward noise",
+        module="verl.trainer.ppo.v1",
+        install="verl_patches.reward_noise:install",
+        touches="PPOTrainer._compute_advantage",
+        how="subclass",
     ),
 )
 

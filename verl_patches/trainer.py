@@ -19,6 +19,7 @@ from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.utils.padding import response_from_nested
+from verl_patches.reward_noise import with_reward_noise
 from verl_patches.switch import is_vimpo, knobs_of
 from verl_patches.value_branch import ACTOR_COEFF, IS_REAL
 from verl_patches.worker import VimpoActorRolloutRefWorker
@@ -43,8 +44,9 @@ class VimpoTrainer:
 
     def __new__(cls, config: Any):
         if not is_vimpo(config):
-            return cls.stock(config=config)  # not an instance of cls, so Python calls no further __init__
-        return super().__new__(cls)
+            # Not an instance of cls, so Python calls no further __init__.
+            return with_reward_noise(cls.stock, config)(config=config)
+        return super().__new__(with_reward_noise(cls, config))
 
     def __init__(self, config: Any):
         super().__init__(config)

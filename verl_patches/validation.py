@@ -1,19 +1,21 @@
-"""Seam: validate a VIMPO run in the driver, before Ray starts, and carry the knobs to the workers.
+"""Seam: validate a VIMPO run, or one with reward noise, in the driver, before Ray starts; carry the knobs to the workers.
 
 Touches verl.utils.config.validate_config, the one function that sees the user's configuration in the driver. Wrapped
 when verl imports that module. Checked against verl 0.9.1; no upstream issue.
 """
 
 import logging
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
 import wrapt
 
 from verl_patches import recipe_checks, seams
-from verl_patches.switch import is_vimpo, knobs_of
+from verl_patches.switch import is_vimpo, knobs_of, noise_of
 from vimpo_verl import __version__
 from vimpo_verl.config import VimpoConfig
+from vimpo_verl.reward_noise import SECTION as NOISE_SECTION
 
 logger = logging.getLogger("vimpo_verl")
 
@@ -27,6 +29,8 @@ def _validate_config(wrapped, instance, args, kwargs):
     config = args[0] if args else kwargs["config"]
     if not is_vimpo(config):
         print(f"vimpo_verl {__version__}: loaded, inert (algorithm.adv_estimator={config.algorithm.adv_estimator})")
+        _refuse(f"{NOISE_SECTION} cannot run with this configuration", _noise_problems(config))
+        _announce_noise(config)
         return wrapped(*args, **kwargs)
     prepare(config)
     return wrapped(*args, **kwargs)
@@ -45,25 +49,44 @@ def prepare(config: Any) -> VimpoConfig:
         ValueError: listing every problem at once.
     """
     knobs, knob_problems = knobs_of(config)
-    found = knob_problems + recipe_checks.problems(config) + _seams_not_in_force()
-    if found:
-        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(found, 1))
-        raise ValueError(f"algorithm.adv_estimator=vimpo cannot run with this configuration:\n{lines}")
+    found = knob_problems + recipe_checks.problems(config) + _seams_not_in_force(seams.SEAMS) + _noise_problems(config)
+    _refuse("algorithm.adv_estimator=vimpo cannot run with this configuration", list(dict.fromkeys(found)))
     for warning in recipe_checks.warnings(config, knobs.beta) + _version_warning():
         logger.warning("vimpo_verl: %s", warning)
     _carry_to_workers(config, knobs)
     print(f"vimpo_verl {__version__}: VIMPO in force on verl {_verl_version()}: {knobs}, lam={config.algorithm.lam}")
+    _announce_noise(config)
     return knobs
 
 
-def _seams_not_in_force() -> list[str]:
+def _refuse(what: str, problems: list[str]) -> None:
+    if problems:
+        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
+        raise ValueError(f"{what}:\n{lines}")
+
+
+def _noise_problems(config: Any) -> list[str]:
+    """What stands in the way of the reward noise that `config` asks for; nothing where it asks for none."""
+    if config.algorithm.get("reward_noise") is None:
+        return []
+    needed = [seam for seam in seams.SEAMS if seam.module == "verl.trainer.ppo.v1"]
+    return noise_of(config)[1] + recipe_checks.noise_problems(config) + _seams_not_in_force(needed)
+
+
+def _announce_noise(config: Any) -> None:
+    noise, _ = noise_of(config)
+    if noise.flip_prob > 0:
+        print(f"vimpo_verl {__version__}: reward noise in force, in training only: {noise}")
+
+
+def _seams_not_in_force(needed: Iterable[seams.Seam]) -> list[str]:
     import verl.trainer.ppo.v1  # noqa: F401  the last of the modules that seams belong to
 
     failures = seams.failures()
     return [
         f"the seam '{seam.name}' ({seam.module}: {seam.touches}) is not in force: "
         + failures.get(seam.name, "verl did not load the plugin; is VERL_USE_EXTERNAL_PLUGINS set?")
-        for seam in seams.SEAMS
+        for seam in needed
         if not seams.is_in_force(seam)
     ]
 
