@@ -287,7 +287,7 @@ class _ExactKL(torch.autograd.Function):
         for rows in _chunks(policy_logits.shape[0], chunk_size):
             log_p, log_q = _log_softmaxes(policy_logits[rows], ref_logits[rows])
             p = log_p.exp()
-            kl[rows] = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).to(kl.dtype)
+            kl[rows] = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1).to(kl.dtype)
         ctx.save_for_backward(policy_logits, ref_logits)
         ctx.chunk_size = chunk_size
         return kl
@@ -303,7 +303,7 @@ class _ExactKL(torch.autograd.Function):
             log_p, log_q = _log_softmaxes(policy_logits[rows], ref_logits[rows])
             p, grad = log_p.exp(), grad_kl[rows].unsqueeze(-1)
             if grad_policy is not None:
-                log_ratio = torch.where(p > 0, log_p - log_q, 0.0)
+                log_ratio = torch.where(p == 0, 0.0, log_p - log_q)
                 kl = (p * log_ratio).sum(-1, keepdim=True)
                 grad_policy[rows] = (grad * p * (log_ratio - kl)).to(grad_policy.dtype)
             if grad_ref is not None:
