@@ -1,0 +1,196 @@
+#!/usr/bin/env bash
+# Math with verifiable rewards: VIMPO and its GRPO twin, for any model. The paper's recipe (arXiv 2606.20008) is the default.
+#
+#   ALGO=vimpo PRESET=8gpu examples/math/run_math.sh
+#   ALGO=grpo  PRESET=8gpu examples/math/run_math.sh
+#   ALGO=vimpo PRESET=1gpu MODEL=Qwen/Qwen3-1.7B-Base examples/math/run_math.sh +algorithm.vimpo.beta=1e-3
+#   DRY_RUN=1 ALGO=vimpo PRESET=multinode examples/math/run_math.sh       # checks and prints the configuration, starts nothing
+#
+# The two algorithms differ in keys under `algorithm.` only. Everything after the script's name goes to verl as Hydra overrides,
+# after the settings below, so it wins. A preset sets the model and the machine, not the recipe; variables win over presets.
+
+set -euo pipefail
+
+#################### settings of the user, by environment variable ####################
+ALGO=${ALGO:-vimpo}                     # vimpo or grpo
+PRESET=${PRESET:-8gpu}                  # 1gpu, 8gpu, multinode or lora: the table below
+DRY_RUN=${DRY_RUN:-0}                   # 1: check and print the resolved configuration, start nothing
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(cd "$HERE/../.." && pwd)
+PYTHON=${PYTHON:-python3}               # of the environment with verl and vimpo_verl
+DATA=${DATA:-$ROOT/outputs/data}           # what examples/math/prepare_data.py wrote
+TRAIN_SET=${TRAIN_SET:-guru_math}       # a file of $DATA without .parquet; several, separated by spaces
+VAL_SETS=${VAL_SETS:-math500 aime2024 aime2025 olympiadbench}
+SEED=${SEED:-1}                         # order of the prompts, sampling and the noise below
+REWARD_NOISE=${REWARD_NOISE:-0}         # probability of flipping a group's rewards, in training only; the paper's noisy runs
+
+# The paper's recipe
+PROMPTS=${PROMPTS:-96}                  # prompts a step, one mini-batch: strictly on-policy
+RESPONSES=${RESPONSES:-8}               # responses a prompt
+PROMPT_LENGTH=${PROMPT_LENGTH:-2048}
+RESPONSE_LENGTH=${RESPONSE_LENGTH:-4096}
+EPOCHS=${EPOCHS:-1}
+STEPS=${STEPS:-null}                    # training steps; null: as many as EPOCHS make
+VAL_RESPONSES=${VAL_RESPONSES:-4}       # responses a validation prompt
+TEST_FREQ=${TEST_FREQ:-20}              # steps between validations
+SAVE_FREQ=${SAVE_FREQ:-20}              # steps between checkpoints: what a requeued job loses at most
+KEEP=${KEEP:-3}                         # checkpoints to keep
+LOGGER=${LOGGER:-'[console,file,tensorboard]'}
+########################################################################################
+
+fail() { echo "run_math.sh: $*" >&2; exit 2; }
+
+# ------------------------------------------------------------------ presets: model and machine
+default() { [[ -n ${!1:-} ]] || printf -v "$1" '%s' "$2"; }
+case $PRESET in
+    1gpu)                               # one GPU, 0.6B to 1.7B
+        default MODEL Qwen/Qwen3-0.6B-Base
+        default NNODES 1; default GPUS 1; default MAX_TOKENS 8192 ;;
+    8gpu)                               # one node
+        default MODEL Qwen/Qwen3-4B-Base
+        default NNODES 1; default GPUS 8; default MAX_TOKENS 16384 ;;
+    multinode)                          # several nodes; examples/slurm/train.sbatch sets NNODES and GPUS
+        default MODEL Qwen/Qwen3-8B-Base
+        default NNODES 2; default GPUS 8; default MAX_TOKENS 16384 ;;
+    lora)                               # one GPU, adapters on a frozen model, which is the reference at once
+        default MODEL Qwen/Qwen3-4B-Base
+        default NNODES 1; default GPUS 1; default MAX_TOKENS 8192
+        default LORA_RANK 32; default LR 1e-5 ;;
+    *) fail "PRESET must be 1gpu, 8gpu, multinode or lora, not '$PRESET'" ;;
+esac
+default LR 1e-6
+default LORA_RANK 0
+default ROLLOUT_TP 1                    # tensor parallelism of a vLLM replica
+default GPU_MEMORY 0.5                  # of a GPU, for vLLM while it generates
+default OFFLOAD False                   # parameters and optimizer to CPU memory while vLLM generates
+noise=$([[ $REWARD_NOISE == 0 ]] || echo "-noise$REWARD_NOISE")
+default NAME "$ALGO-$(basename "$MODEL")-$PRESET$noise-seed$SEED"
+default OUT "$ROOT/outputs/math/$NAME"  # checkpoints, metrics, TensorBoard; a second start with it resumes
+
+case $ALGO in
+    vimpo) ALGORITHM=(algorithm.adv_estimator=vimpo +algorithm.vimpo.actor_coeff=5e-3 +algorithm.vimpo.actor_trust=false) ;;
+    grpo) ALGORITHM=(algorithm.adv_estimator=grpo) ;;
+    *) fail "ALGO must be vimpo or grpo, not '$ALGO'" ;;
+esac
+((PROMPT_LENGTH + RESPONSE_LENGTH <= MAX_TOKENS)) ||
+    fail "MAX_TOKENS=$MAX_TOKENS cannot hold one sequence of PROMPT_LENGTH + RESPONSE_LENGTH = $((PROMPT_LENGTH + RESPONSE_LENGTH)) tokens"
+
+# ------------------------------------------------------------------ where things are
+# Absolute, because Ray starts verl's processes in other folders and on other nodes.
+[[ $DATA == /* ]] || DATA=$PWD/$DATA
+[[ $OUT == /* ]] || OUT=$PWD/$OUT
+files_of() {  # names of data sets -> a Hydra list of their files
+    local name files=()
+    for name in "$@"; do
+        [[ $DRY_RUN == 1 || -f $DATA/$name.parquet ]] ||
+            fail "no $DATA/$name.parquet: make it with examples/math/prepare_data.py, or set DATA, TRAIN_SET and VAL_SETS"
+        files+=("$DATA/$name.parquet")
+    done
+    (IFS=,; echo "[${files[*]}]")
+}
+# shellcheck disable=SC2086  # lists of names
+{ TRAIN_FILES=$(files_of $TRAIN_SET); VAL_FILES=$(files_of $VAL_SETS); }
+
+# ------------------------------------------------------------------ verl
+DATA_KEYS=(
+    data.train_files="$TRAIN_FILES"
+    data.val_files="$VAL_FILES"
+    data.train_batch_size="$PROMPTS"
+    data.max_prompt_length="$PROMPT_LENGTH"
+    data.max_response_length="$RESPONSE_LENGTH"
+    data.filter_overlong_prompts=True
+    data.truncation=error
+    data.seed="$SEED"
+)
+MODEL_KEYS=(
+    actor_rollout_ref.model.path="$MODEL"
+    actor_rollout_ref.model.use_remove_padding=True
+    actor_rollout_ref.model.enable_gradient_checkpointing=True
+)
+if ((LORA_RANK > 0)); then
+    MODEL_KEYS+=(
+        actor_rollout_ref.model.lora_rank="$LORA_RANK"
+        actor_rollout_ref.model.lora_alpha="$((2 * LORA_RANK))"
+        actor_rollout_ref.model.target_modules=all-linear
+        actor_rollout_ref.rollout.load_format=safetensors  # vLLM reads the frozen weights itself; only adapters are sent
+    )
+fi
+ACTOR=(
+    actor_rollout_ref.actor.strategy=fsdp2
+    actor_rollout_ref.actor.optim.lr="$LR"
+    actor_rollout_ref.actor.ppo_mini_batch_size="$PROMPTS"
+    actor_rollout_ref.actor.use_dynamic_bsz=True
+    actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$MAX_TOKENS"
+    actor_rollout_ref.actor.clip_ratio_low=0.2
+    actor_rollout_ref.actor.clip_ratio_high=0.28
+    actor_rollout_ref.actor.clip_ratio_c=10.0
+    actor_rollout_ref.actor.loss_agg_mode=token-mean
+    actor_rollout_ref.actor.use_kl_loss=False
+    actor_rollout_ref.actor.entropy_coeff=0
+    actor_rollout_ref.actor.data_loader_seed="$SEED"
+    actor_rollout_ref.actor.fsdp_config.param_offload="$OFFLOAD"
+    actor_rollout_ref.actor.fsdp_config.optimizer_offload="$OFFLOAD"
+)
+ROLLOUT=(
+    actor_rollout_ref.rollout.name=vllm
+    actor_rollout_ref.rollout.n="$RESPONSES"
+    actor_rollout_ref.rollout.seed="$SEED"
+    actor_rollout_ref.rollout.temperature=1.0
+    actor_rollout_ref.rollout.tensor_model_parallel_size="$ROLLOUT_TP"
+    actor_rollout_ref.rollout.gpu_memory_utilization="$GPU_MEMORY"
+    actor_rollout_ref.rollout.max_model_len="$((PROMPT_LENGTH + RESPONSE_LENGTH))"
+    actor_rollout_ref.rollout.val_kwargs.do_sample=True
+    actor_rollout_ref.rollout.val_kwargs.temperature=1.0
+    actor_rollout_ref.rollout.val_kwargs.n="$VAL_RESPONSES"
+)
+REWARD=(
+    reward.custom_reward_function.path="$ROOT/vimpo_verl/rewards/math.py"
+    reward.custom_reward_function.name=compute_score
+)
+ALGORITHM+=(
+    algorithm.lam=1.0
+    algorithm.use_kl_in_reward=False
+)
+if [[ $REWARD_NOISE != 0 ]]; then
+    ALGORITHM+=(+algorithm.reward_noise.flip_prob="$REWARD_NOISE" +algorithm.reward_noise.seed="$SEED")
+fi
+TRAINER=(
+    trainer.nnodes="$NNODES"
+    trainer.n_gpus_per_node="$GPUS"
+    trainer.total_epochs="$EPOCHS"
+    trainer.total_training_steps="$STEPS"
+    trainer.val_before_train=True
+    trainer.test_freq="$TEST_FREQ"
+    trainer.save_freq="$SAVE_FREQ"
+    trainer.max_actor_ckpt_to_keep="$KEEP"
+    trainer.resume_mode=auto
+    trainer.project_name=vimpo_math
+    trainer.experiment_name="$NAME"
+    trainer.default_local_dir="$OUT/checkpoints"
+    trainer.logger="$LOGGER"
+)
+# The process that writes them may run on another node, with the environment of that node's Ray.
+RUNTIME=(
+    +ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH="$OUT/metrics.jsonl"
+    +ray_kwargs.ray_init.runtime_env.env_vars.TENSORBOARD_DIR="$OUT/tensorboard"
+    hydra.run.dir="$OUT/hydra"
+)
+OVERRIDES=(
+    "${DATA_KEYS[@]}" "${MODEL_KEYS[@]}" "${ACTOR[@]}" "${ROLLOUT[@]}" "${REWARD[@]}" "${ALGORITHM[@]}" "${TRAINER[@]}" "${RUNTIME[@]}"
+    "$@"
+)
+
+if [[ $DRY_RUN == 1 ]]; then
+    exec "$PYTHON" "$HERE/show_config.py" "${OVERRIDES[@]}"
+fi
+
+# verl's file logger empties its file when it starts: a resumed run keeps what the earlier ones wrote beside it.
+# `vimpo compare` reads metrics.1.jsonl, metrics.2.jsonl, ... and metrics.jsonl as one run.
+mkdir -p "$OUT"
+if [[ -s $OUT/metrics.jsonl ]]; then
+    attempt=1
+    while [[ -e $OUT/metrics.$attempt.jsonl ]]; do attempt=$((attempt + 1)); done
+    mv "$OUT/metrics.jsonl" "$OUT/metrics.$attempt.jsonl"
+fi
+
+exec "$PYTHON" -m verl.trainer.main_ppo "${OVERRIDES[@]}"
