@@ -260,9 +260,9 @@ def value_loss(
     Raises:
         ValueError: shapes differ, or loss_type is unknown.
     """
-    if target.dim() != 1 or target.shape[0] != log_prob.shape[0]:
-        raise ValueError(f"target must be [B] = [{log_prob.shape[0]}], got shape {tuple(target.shape)}")
     td = td_residual(log_prob, ref_log_prob.detach(), token_kl.detach(), response_mask, beta)
+    if target.shape != td.shape[:-1]:
+        raise ValueError(f"target must be [B] = {list(td.shape[:-1])}, got shape {tuple(target.shape)}")
     residual = td.sum(-1) - _accumulating(target.detach())
     if loss_type == "squared_error":
         return 0.5 * residual.square()
