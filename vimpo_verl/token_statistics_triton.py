@@ -9,9 +9,9 @@ Notation, for one token: z, u the logits of policy and reference, m a running ma
 
 The KL is (t - r)/s - log s + log s'. In float32 that loses a small KL, which is a difference of sums of order 10. There the
 kernel uses KL = D/s + log1p((G - D)/s) instead: G is of second order in delta, and no normaliser enters. The centre follows the
-running mean, which keeps D at zero; moving it by h = D/s turns G into
+running mean, which keeps D near zero; moving it by h turns G into
 
-    e^h G + s (g(-h) (1 - h) - h^2),   since g(x - h) = e^h g(x) + (1 - e^h) x + g(-h)  and  expm1(h) = h + g(-h).
+    e^h G - expm1(h) D + g(-h) s,   since g(x - h) = e^h g(x) + (1 - e^h) x + g(-h);   expm1(h) = h + g(-h).
 """
 
 import torch
@@ -118,6 +118,7 @@ def _token_statistics_kernel(
     t = 0.0
     r = 0.0
     centre = 0.0
+    dev = 0.0  # D
     gain = 0.0  # G
     excluded = 0.0  # > 0 where the reference holds impossible what the policy does not
     for start in range(0, vocab_size, BLOCK):
@@ -138,6 +139,7 @@ def _token_statistics_kernel(
         t = shrink * (t + (m - m_new) * s)
         r = shrink * (r + (m_ref - m_ref_new) * s)
         s = shrink * s
+        dev = shrink * dev
         gain = shrink * gain
         s_ref = s_ref * tl.exp(m_ref - m_ref_new)
         m = m_new
@@ -145,29 +147,31 @@ def _token_statistics_kernel(
 
         w = tl.exp(z - m)
         v = tl.exp(u - m_ref)
-        s_block = tl.sum(w, axis=0)
-        s += s_block
+        s_before = s
+        s += tl.sum(w, axis=0)
         s_ref += tl.sum(v, axis=0)
         t += tl.sum(tl.where(in_policy, w * (z - m), 0.0), axis=0)
         r += tl.sum(tl.where(in_both, w * (u - m_ref), 0.0), axis=0)
         excluded += tl.sum(tl.where(in_policy & (u == -infinity), w, 0.0), axis=0)
 
-        if start == 0:  # nothing is summed yet, so the centre is free: the mean of the first block
-            centre = tl.sum(w * d, axis=0) / tl.maximum(s_block, 1e-30)
+        # Move the centre, and with it what the blocks before have summed, to the mean of all so far ...
+        moved = centre + tl.sum(tl.where(in_both, w * (d - centre), 0.0), axis=0) / tl.maximum(s, 1e-30)
+        h = moved - centre  # as rounded
+        g_h = _g_scalar(-h)
+        gain += (h + g_h) * (gain - dev) + g_h * s_before
+        dev -= h * s_before
+        centre = moved
+        # ... and add this block. w expm1(-delta) is exp(u + c - m) - w, which cannot overflow against a vanishing w.
         delta = tl.where(in_both, d - centre, 0.0)
-        # w expm1(-delta) is exp(u + c - m) - w, which cannot overflow against a vanishing w.
         far = w * (delta - 1.0) + v * tl.exp(m_ref + centre - m)
         gain += tl.sum(tl.where(in_both & (tl.abs(delta) < 0.5), w * _g_of(delta), far), axis=0)
-
-        h = tl.sum(w * delta, axis=0) / tl.maximum(s, 1e-30)
-        g_h = _g_scalar(-h)
-        gain += (h + g_h) * gain + s * (g_h * (1.0 - h) - h * h)
-        centre += h
+        dev += tl.sum(w * delta, axis=0)
 
     log_s = tl.log(s)
     log_s_ref = tl.log(s_ref)
     plain = (t - r) / s - (log_s - log_s_ref)
-    kl = tl.where(plain < 0.5, _log1p(gain / s), plain)  # D is 0
+    fine = dev / s + _log1p((gain - dev) / s)
+    kl = tl.where(plain < 0.5, fine, plain)
     kl = tl.where(excluded > 0.0, infinity, kl)
 
     label = tl.load(labels_ptr + token)
