@@ -1,0 +1,136 @@
+"""Claim: the joint pass's four numbers a token equal the plain float64 formulas, from logits or from hidden states.
+
+1e-5 relative for float32 logits and 1e-4 for bfloat16 ones, computed on the values as given; equal logits give a KL of
+exactly zero and equal log-probs, bit for bit. The Triton kernel is compared where there is a GPU.
+"""
+
+import pytest
+import torch
+
+from vimpo_verl.token_statistics import TokenStatistics, linear_token_statistics, token_statistics
+
+QWEN_VOCABULARY = 151_936
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def inputs(tokens, vocabulary, dtype=torch.float32, seed=0, shift=0.5):
+    generator = torch.Generator().manual_seed(seed)
+    policy = 3 * torch.randn(tokens, vocabulary, generator=generator)
+    ref = policy + shift * torch.randn(tokens, vocabulary, generator=generator)
+    labels = torch.randint(vocabulary, (tokens,), generator=generator)
+    return policy.to(dtype), ref.to(dtype), labels
+
+
+def plain(policy_logits, ref_logits, labels, temperature=None):
+    """log_softmax in float64, one token at a time."""
+    rows = []
+    for n, label in enumerate(labels.tolist()):
+        scale = 1.0 if temperature is None else temperature[n].double()
+        log_p = torch.log_softmax(policy_logits[n].double() / scale, dim=-1)
+        log_q = torch.log_softmax(ref_logits[n].double() / scale, dim=-1)
+        p = log_p.exp()
+        kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum()
+        entropy = -torch.where(p > 0, p * log_p, 0.0).sum()
+        rows.append(torch.stack([log_p[label], log_q[label], kl, entropy]))
+    return TokenStatistics(*torch.stack(rows, dim=1))
+
+
+def assert_agrees(actual, expected, tolerance):
+    for name in TokenStatistics._fields:
+        result, wanted = getattr(actual, name).double().cpu(), getattr(expected, name).double().cpu()
+        torch.testing.assert_close(result, wanted, rtol=tolerance, atol=1e-13, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-4), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("tokens, vocabulary", [(1, 2), (37, 50), (300, 1_000), (5, QWEN_VOCABULARY)])
+def test_against_the_formula(device, dtype, tolerance, tokens, vocabulary):
+    policy, ref, labels = (x.to(device) for x in inputs(tokens, vocabulary, dtype))
+    statistics = token_statistics(policy, ref, labels)
+    for result in statistics:
+        assert result.shape == (tokens,)
+        assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_agrees(statistics, plain(policy, ref, labels), tolerance)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_temperature_of_each_token(device):
+    policy, ref, labels = (x.to(device) for x in inputs(40, 500))
+    temperature = torch.linspace(0.3, 2.0, 40).to(device)
+    assert_agrees(token_statistics(policy, ref, labels, temperature), plain(policy, ref, labels, temperature), 1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("tokens, vocabulary, scale", [(500, 48, 1), (200, 1_000, 10), (20, QWEN_VOCABULARY, 1)])
+def test_equal_logits_give_exactly_zero(device, dtype, tokens, vocabulary, scale):
+    policy, _, labels = (x.to(device) for x in inputs(tokens, vocabulary))
+    policy = (scale * policy).to(dtype)
+    statistics = token_statistics(policy, policy.clone(), labels)
+    assert torch.equal(statistics.token_kl, torch.zeros_like(statistics.token_kl))
+    assert torch.equal(statistics.log_prob, statistics.ref_log_prob)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_masked_vocabulary_entries(device):
+    """-inf in both, in the policy alone, and where only the reference holds an entry impossible: an infinite KL."""
+    policy, ref, labels = inputs(3, 20)
+    labels[:] = 0
+    policy[0, 3:5] = ref[0, 3:5] = -torch.inf
+    policy[1, 7] = -torch.inf
+    ref[2, 9] = -torch.inf
+    statistics = token_statistics(policy.to(device), ref.to(device), labels.to(device))
+    assert_agrees(TokenStatistics(*(x[:2] for x in statistics)), plain(policy[:2], ref[:2], labels[:2]), 1e-5)
+    assert statistics.token_kl[2] == torch.inf
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("which", ["policy", "ref"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_non_finite_logits_are_not_hidden(device, which, value):
+    policy, ref, labels = inputs(3, 20)
+    (policy if which == "policy" else ref)[1, 4] = value
+    kl = token_statistics(policy.to(device), ref.to(device), labels.to(device)).token_kl
+    assert not torch.isfinite(kl[1]) and torch.isfinite(kl[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_extreme_logits(device):
+    """One token at 1e4; a very peaked policy; a huge common offset."""
+    policy, ref, labels = inputs(3, 50)
+    policy[0, 5], policy[1], policy[2], ref[2] = 1e4, 300 * policy[1], policy[2] + 1e5, ref[2] + 1e5
+    statistics = token_statistics(policy.to(device), ref.to(device), labels.to(device))
+    assert_agrees(statistics, plain(policy, ref, labels), 1e-5)
+
+
+def test_inputs_are_not_modified():
+    policy, ref, labels = inputs(10, 50)
+    before = policy.clone(), ref.clone()
+    token_statistics(policy, ref, labels, torch.full((10,), 0.7))
+    assert torch.equal(policy, before[0]) and torch.equal(ref, before[1])
+
+
+def test_no_tokens():
+    statistics = token_statistics(torch.zeros(0, 5), torch.zeros(0, 5), torch.zeros(0, dtype=torch.long))
+    assert all(result.shape == (0,) for result in statistics)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_from_hidden_states(temperature):
+    """More tokens than one chunk of logits holds."""
+    generator = torch.Generator().manual_seed(0)
+    policy_hidden, ref_hidden = (torch.randn(1_100, 16, generator=generator) for _ in range(2))
+    policy_weight, ref_weight = (torch.randn(60, 16, generator=generator) for _ in range(2))
+    labels = torch.randint(60, (1_100,), generator=generator)
+    statistics = linear_token_statistics(policy_hidden, policy_weight, ref_hidden, ref_weight, labels, temperature)
+    policy, ref = policy_hidden @ policy_weight.T / temperature, ref_hidden @ ref_weight.T / temperature
+    assert_agrees(statistics, plain(policy, ref, labels), 1e-4)
+
+
+@pytest.mark.parametrize("wrong", ["policy_logits", "ref_logits", "labels", "temperature"])
+def test_shapes_that_do_not_fit_are_refused(wrong):
+    policy, ref, labels = inputs(4, 6)
+    arguments = {"policy_logits": policy, "ref_logits": ref, "labels": labels, "temperature": torch.ones(4)}
+    arguments[wrong] = arguments[wrong][:3]
+    with pytest.raises(ValueError, match=wrong):
+        token_statistics(**arguments)
