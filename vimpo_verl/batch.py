@@ -55,6 +55,11 @@ def compute_batch(
     Raises:
         ValueError: shapes do not fit.
     """
+    if outcome.shape != response_mask.shape[:1] or len(group) != len(outcome):
+        raise ValueError(
+            f"outcome and group must be [B] for response_mask {tuple(response_mask.shape)}, got {tuple(outcome.shape)} "
+            f"and {len(group)}"
+        )
     real = torch.ones_like(outcome, dtype=torch.bool) if is_padding is None else ~is_padding.bool()
     mask = response_mask.bool() & real.unsqueeze(-1)
     td = F.td_residual(old_log_prob, ref_log_prob, token_kl, mask, config.beta)
