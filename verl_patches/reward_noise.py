@@ -82,11 +82,11 @@ def add_noise(batch: KVBatchMeta, metrics: dict, config: Any) -> None:
     noisy = flip_groups(
         noise_of(config)[0],
         rewards=[scores.sum().item() for scores in per_token],
-        groups=data["uid"].tolist(),
+        groups=list(data["uid"]),
         # The step that drew the prompt: the step of the update when verl's trainer is synchronous, and the same for
         # both algorithms also when it is not.
         steps=[batch.tags[position]["global_steps"] for position in real],
-        prompts=_prompts(keys, data["data_source"].tolist(), data["extra_info"].tolist()),
+        prompts=_prompts(keys, list(data["data_source"]), list(data["extra_info"])),
         names=keys,
     )
     if noisy.flipped_groups:

@@ -1,0 +1,120 @@
+r"""Find the answer in a response, and the comparisons that need no algebra.
+
+Everything here takes time linear in the text, whatever the text. Imports the standard library only.
+"""
+
+import re
+
+EQUAL, DIFFERENT, NOTHING_FOUND = "equal", "different", "no answer found"  # verdicts, here and in the checker
+MAX_ANSWER = 1_000  # characters; no data set named in examples/math/prepare_data.py has a longer one
+MAX_TAIL = 2_000  # characters at the end of a response without a box in which an answer is looked for
+_MAX_BOXES = 16  # boxes, from the end, that are tried before giving up on unclosed ones
+
+_BOX = re.compile(r"\\f?boxed(?![A-Za-z])\s*")
+_BARE_BOX = re.compile(r"[^\s$\\{}]+")
+_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox|operatorname)\s*\{([^{}]*)\}")
+_WORDS = re.compile(r"[A-Za-z][A-Za-z '\-]*")
+_INTEGER = re.compile(r"[+-]?\d{1,18}")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!;: ]|\{,\}| )(?=\d{3}(?:\D|$))")
+_SHORTEST_WORD = 4  # shorter ones may be products of variables, such as abc
+
+
+def last_box(text: str) -> str | None:
+    r"""What stands in the last closed \boxed{...} or \fbox{...} of `text`; None where there is none.
+
+    An answer of more than MAX_ANSWER characters comes back cut to MAX_ANSWER + 1.
+    """
+    end = len(text)
+    for _ in range(_MAX_BOXES):
+        start = max(text.rfind(r"\boxed", 0, end), text.rfind(r"\fbox", 0, end))
+        if start < 0:
+            return None
+        content = _content(text, start)
+        if content is not None:
+            return content
+        end = start
+    return None
+
+
+def _content(text: str, start: int) -> str | None:
+    """What the box at `start` holds; None where it is not closed or no box at all."""
+    head = _BOX.match(text, start)
+    if head is None:
+        return None
+    begin = head.end()
+    if begin < len(text) and text[begin] == "{":
+        return _braced(text, begin + 1)
+    bare = _BARE_BOX.match(text, begin)
+    return bare.group()[: MAX_ANSWER + 1] if bare else None
+
+
+def _braced(text: str, begin: int) -> str | None:
+    r"""From `begin` to the brace that closes the group; \{ and \} do not count."""
+    depth, position = 1, begin
+    while position < len(text):
+        if position - begin > MAX_ANSWER:
+            return text[begin : begin + MAX_ANSWER + 1]
+        character = text[position]
+        if character == "\\":
+            position += 1
+        elif character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
+            if depth == 0:
+                return text[begin:position].strip()
+        position += 1
+    return None
+
+
+def tail(text: str) -> str:
+    """The end of `text`, where an answer without a box is looked for; begins at a line where there is one."""
+    if len(text) <= MAX_TAIL:
+        return text.strip()
+    end = text[-MAX_TAIL:]
+    return end[end.find("\n") + 1 :].strip() or end.strip()
+
+
+def clean(answer: str) -> str:
+    r"""An answer without what surrounds it: dollars, a final full stop, thousands separators such as 12\,000."""
+    answer = answer.strip()
+    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        if len(answer) > len(opening) + len(closing) and answer.startswith(opening) and answer.endswith(closing):
+            answer = answer[len(opening) : -len(closing)].strip()
+    if answer.endswith(".") and not answer.endswith("\\."):
+        answer = answer[:-1].rstrip()
+    return _THOUSANDS.sub("", answer)
+
+
+def compare_plainly(gold: str, answer: str) -> str | None:
+    """Compare what needs no algebra.
+
+    Args:
+        gold, answer: both cleaned.
+
+    Returns:
+        EQUAL or DIFFERENT, or None where it takes algebra to say.
+    """
+    if _squeezed(gold) == _squeezed(answer):
+        return EQUAL
+    if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(answer):
+        return EQUAL if int(gold) == int(answer) else DIFFERENT
+    gold_words, answer_words = _words(gold), _words(answer)
+    if gold_words and answer_words:
+        # By letters, because algebra takes a word for a product of variables: east would equal seat.
+        return EQUAL if gold_words == answer_words else DIFFERENT
+    return None
+
+
+def _squeezed(answer: str) -> str:
+    return re.sub(r"\s+|\\left(?![a-z])|\\right(?![a-z])|\\[!,;:]", "", answer).replace(r"\dfrac", r"\frac")
+
+
+def _words(answer: str) -> str | None:
+    """The words of an answer that is text, in lower case with single spaces; None for mathematics."""
+    unwrapped = _TEXT.sub(r" \1 ", answer).strip(" .")
+    is_text = unwrapped != answer.strip(" .")
+    if not _WORDS.fullmatch(unwrapped):
+        return None
+    words = unwrapped.casefold().split()
+    return " ".join(words) if is_text or max(map(len, words)) >= _SHORTEST_WORD else None

@@ -1,0 +1,236 @@
+"""The process that compares answers with math-verify: `python -m vimpo_verl.rewards.checker`.
+
+It reads a request a line from standard input and writes a verdict a line, both JSON, and ends when its input does. Run by
+vimpo_verl.rewards.pool. In a process of its own, because nothing else bounds what an answer can make a computer algebra
+system do: a soft limit by a timer signal, which works here since this is the main thread; and for what does not come back
+to the interpreter, such as an enormous power, the kernel's limits on processor time and memory, which end the process.
+
+An answer is never run as code. sympy reads numbers and plain arithmetic with Python's eval (parse_expr, also under
+sympify and Number); here it gets a parser of arithmetic instead, which is faster, too. Beyond that, the interpreter compiles
+text for _CODE_WRITERS alone, whose code does not hold any of the answer.
+"""
+
+import ast
+import contextlib
+import functools
+import json
+import logging
+import os
+import re
+import resource
+import signal
+import sys
+from typing import Any, TextIO
+
+from vimpo_verl.rewards.answers import DIFFERENT, EQUAL, NOTHING_FOUND
+
+TIME_LIMIT, MEMORY_LIMIT = "time limit", "memory limit"
+_GRACE = 1  # seconds of processor time between the timer and the kernel's limit
+
+# Who may compile text: sympy's polynomials write functions for a number of variables, and modules that are imported on
+# demand may define named tuples and data classes.
+_CODE_WRITERS = ("sympy/polys/monomials.py", "collections/__init__.py", "dataclasses.py")
+
+
+class _OutOfTime(BaseException):
+    """Not an Exception, because sympy and math-verify catch those."""
+
+
+def main() -> None:
+    """Serve until the input ends. Arguments: processor seconds an answer, mebibytes of memory."""
+    cpu_seconds, memory_mib = int(sys.argv[1]), int(sys.argv[2])
+    output = _private_output()
+    _prepare_math_verify()
+    _limit_memory(memory_mib)
+    sys.addaudithook(_refuse_code)
+    _answer(output, {"verdict": "ready"})
+    _silence()
+    for line in sys.stdin:
+        _answer(output, {"verdict": _judge(json.loads(line), cpu_seconds)})
+
+
+def _judge(request: dict[str, str], cpu_seconds: int) -> str:
+    """The verdict. After TIME_LIMIT or MEMORY_LIMIT a computation was torn off and this process should not go on."""
+    _limit_processor_time(cpu_seconds + _GRACE)
+    signal.signal(signal.SIGPROF, _out_of_time)
+    try:
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+        try:
+            return compare(request["gold"], request["answer"], request["boxed"])
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    except _OutOfTime:
+        return TIME_LIMIT
+    except MemoryError:
+        return MEMORY_LIMIT
+    except Exception:  # such as a RecursionError: not an answer that can be read
+        return DIFFERENT
+
+
+def compare(gold: str, answer: str, boxed: bool) -> str:
+    """Compare by algebra.
+
+    Args:
+        gold: the right answer, LaTeX or plain.
+        answer: what stood in the box, or, where `boxed` is False, text with an answer somewhere.
+
+    Returns:
+        EQUAL, DIFFERENT or NOTHING_FOUND.
+    """
+    from math_verify import verify
+
+    found = _parse_boxed(answer) if boxed else _parse_text(answer)
+    if not found:
+        return NOTHING_FOUND
+    # allow_set_relation_comp: x < 2 and (-\infty, 2) are one answer, whichever of them the data set has.
+    for wanted in (gold, gold.replace(r"\%", "").replace("%", "")):  # 12.5\% and 12.5 are one answer
+        if verify(list(_parse_boxed(wanted)), list(found), timeout_seconds=None, allow_set_relation_comp=True):
+            return EQUAL
+        if "%" not in gold:
+            break
+    return DIFFERENT
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse_boxed(answer: str) -> tuple:
+    from math_verify import LatexExtractionConfig, parse
+
+    return tuple(parse(rf"\boxed{{{answer}}}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None))
+
+
+def _parse_text(text: str) -> tuple:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    return tuple(parse(text, [LatexExtractionConfig(), ExprExtractionConfig()], parsing_timeout=None))
+
+
+# ---- arithmetic without eval --------------------------------------------------------------------------------------
+
+
+def arithmetic(expression: str, *_: Any, evaluate: bool = True, **__: Any) -> Any:
+    """What sympy and math-verify need of sympy's parse_expr: numbers, names, + - * / ** and parentheses.
+
+    Args:
+        expression: Python syntax.
+        evaluate: False leaves the expression as it was written.
+
+    Returns:
+        A sympy expression.
+
+    Raises:
+        SyntaxError: anything else is in it; sympify makes its SympifyError of that.
+    """
+    expression = expression.strip()
+    return _to_sympy(ast.parse(expression, mode="eval").body, expression, evaluate)
+
+
+def _to_sympy(node: ast.expr, source: str, evaluate: bool) -> Any:
+    import sympy
+
+    if isinstance(node, ast.Constant):
+        text = ast.get_source_segment(source, node)
+        if _NUMBER.fullmatch(text):
+            return sympy.Integer(int(text)) if text.isdigit() else sympy.Float(text)
+    if isinstance(node, ast.Name):  # sympy's own modules sympify names of symbols and constants
+        constant = getattr(sympy, node.id, None)
+        return constant if isinstance(constant, sympy.Basic) else sympy.Symbol(node.id)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
+        operand = _to_sympy(node.operand, source, evaluate)
+        return operand if isinstance(node.op, ast.UAdd) else -operand
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+        left, right = (_to_sympy(side, source, evaluate) for side in (node.left, node.right))
+        return _OPERATIONS[type(node.op)](left, right, evaluate)
+    raise SyntaxError(f"not arithmetic: {source[:80]}")
+
+
+def _divide(left: Any, right: Any, evaluate: bool) -> Any:
+    import sympy
+
+    return sympy.Mul(left, sympy.Pow(right, sympy.S.NegativeOne, evaluate=evaluate), evaluate=evaluate)
+
+
+def _build(name: str, left: Any, right: Any, evaluate: bool) -> Any:
+    import sympy
+
+    return getattr(sympy, name)(left, right, evaluate=evaluate)
+
+
+_NUMBER = re.compile(r"\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?")
+_OPERATIONS = {
+    ast.Add: lambda left, right, evaluate: _build("Add", left, right, evaluate),
+    ast.Sub: lambda left, right, evaluate: _build("Add", left, -right, evaluate),
+    ast.Mult: lambda left, right, evaluate: _build("Mul", left, right, evaluate),
+    ast.Div: _divide,
+    ast.Pow: lambda left, right, evaluate: _build("Pow", left, right, evaluate),
+}
+
+
+# ---- the process ---------------------------------------------------------------------------------------------------
+
+
+def _prepare_math_verify() -> None:
+    import math_verify.parser
+    import sympy.parsing.sympy_parser
+    from latex2sympy2_extended.antlr_parser import PSParser
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    for module in (math_verify.parser, sympy.parsing.sympy_parser):
+        if not hasattr(module, "parse_expr"):
+            raise RuntimeError(f"{module.__name__} has no parse_expr to replace; vimpo_verl knows math-verify 0.9.0")
+        module.parse_expr = arithmetic
+    # Without this, latex2sympy2_extended 1.11.0 reads no percentage with the antlr4 4.9.3 that Hydra, and so verl, asks
+    # for: its grammar for that release lacks the token that it looks for just before percentages.
+    if not hasattr(PSParser.AtomContext, "FUNC_GAMMA"):
+        PSParser.AtomContext.FUNC_GAMMA = lambda self: None
+
+
+def _refuse_code(event: str, arguments: tuple) -> None:
+    """Audit hook. Modules are compiled under their file's name, ast.parse under "<unknown>"."""
+    if event != "compile" or not str(arguments[1]).startswith(("<string>", "<lambdify")):
+        return
+    if not sys._getframe(1).f_code.co_filename.endswith(_CODE_WRITERS):
+        raise PermissionError("the checker compiles no text")
+
+
+def _private_output() -> TextIO:
+    """A stream for the verdicts that nothing else prints to."""
+    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return stream
+
+
+def _silence() -> None:
+    """From here on nobody reads the standard error, so it must not fill up."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+
+
+def _answer(output: TextIO, message: dict[str, str]) -> None:
+    output.write(json.dumps(message) + "\n")
+    output.flush()
+
+
+def _limit_memory(memory_mib: int) -> None:
+    """Address space: what is in use now and `memory_mib` more. Where the system does not say what is in use, no limit."""
+    with contextlib.suppress(OSError):
+        with open("/proc/self/statm") as statm:
+            in_use = int(statm.read().split()[0]) * resource.getpagesize()
+        limit = in_use + memory_mib * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _limit_processor_time(seconds: int) -> None:
+    """The kernel ends this process when it has used `seconds` more, also when whoever started it is gone."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    used = int(usage.ru_utime + usage.ru_stime)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (used + seconds + 1, hard))
+
+
+def _out_of_time(signum: int, frame: Any) -> None:
+    raise _OutOfTime
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+r"""Reward for mathematics: is the answer of a response the right one?
+
+    reward.custom_reward_function.path=pkg://vimpo_verl.rewards.math
+    reward.custom_reward_function.name=compute_score
+
+The answer is what stands in the last closed \boxed{...}; without a box, what math-verify finds at the end of the response.
+Equal text, whole numbers and words are compared here; the rest by math-verify, in checker processes with limits on time and
+memory (vimpo_verl.rewards.pool), so that no answer can hang or fell a run. Safe in threads and in Ray actors.
+
+Needs math-verify: pip install 'vimpo_verl[math]'.
+"""
+
+import functools
+from typing import Any
+
+from vimpo_verl.rewards import answers
+from vimpo_verl.rewards.answers import EQUAL, NOTHING_FOUND
+from vimpo_verl.rewards.pool import Limits, pool_for
+
+_MAX_GOLD = 10_000  # characters
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: Any,
+    extra_info: dict | None = None,
+    *,
+    processes: int = Limits.processes,
+    cpu_seconds: int = Limits.cpu_seconds,
+    memory_mib: int = Limits.memory_mib,
+    **_: Any,
+) -> dict[str, Any]:
+    """verl's reward function.
+
+    Args:
+        data_source, extra_info: not looked at, except for messages.
+        solution_str: the decoded response.
+        ground_truth: the right answer, LaTeX or plain text, with or without a box or dollars.
+        processes, cpu_seconds, memory_mib: limits (vimpo_verl.rewards.pool.Limits), given as
+            +reward.custom_reward_function.reward_kwargs.cpu_seconds=...
+
+    Returns:
+        score and acc, 1.0 or 0.0; reason, a few words; pred, the answer found, cut to 1,000 characters, by which verl
+        takes majorities in validation.
+
+    Raises:
+        ValueError: the ground truth is empty or too long: the data are at fault, not the response.
+        RuntimeError: math-verify is missing.
+    """
+    gold = _gold(ground_truth, data_source, extra_info)
+    box = answers.last_box(solution_str)
+    answer = answers.clean(box) if box is not None else answers.tail(solution_str)
+    verdict = _compare(gold, answer, box is not None, Limits(processes, cpu_seconds, memory_mib))
+    score = 1.0 if verdict == EQUAL else 0.0
+    pred = answer[: answers.MAX_ANSWER] if box is not None else ""
+    return {"score": score, "acc": score, "reason": verdict, "pred": pred}
+
+
+@functools.lru_cache(maxsize=4096)  # the responses to a prompt give few different answers
+def _compare(gold: str, answer: str, boxed: bool, limits: Limits) -> str:
+    if not answer:
+        return NOTHING_FOUND
+    if boxed and len(answer) > answers.MAX_ANSWER:
+        return f"answer longer than {answers.MAX_ANSWER} characters"
+    plain = answers.compare_plainly(gold, answer)
+    if plain is not None and (boxed or plain == EQUAL):
+        return plain
+    return pool_for(limits).compare(gold, answer, boxed)
+
+
+def _gold(ground_truth: Any, data_source: str, extra_info: dict | None) -> str:
+    text = str(ground_truth)
+    box = answers.last_box(text) if len(text) <= _MAX_GOLD else None
+    gold = answers.clean(text if box is None else box)
+    if ground_truth is None or not gold or len(text) > _MAX_GOLD:
+        raise ValueError(
+            f"the ground truth of a sample of {data_source!r} (index {(extra_info or {}).get('index')}) is "
+            f"{'empty' if len(text) <= _MAX_GOLD else f'longer than {_MAX_GOLD} characters'}: every row needs its right "
+            "answer in reward_model.ground_truth (examples/math/prepare_data.py checks that)"
+        )
+    return gold
+
