@@ -1,0 +1,224 @@
+"""Claim: what VIMPO cannot run with is refused in the driver, before Ray starts, all at once, each with what to write.
+
+On verl's own Hydra configuration. A run with another estimator is left exactly as it was.
+"""
+
+import logging
+
+import pytest
+from omegaconf import OmegaConf
+
+from vimpo_verl.config import VimpoConfig
+
+# A GRPO recipe without KL, as a user has it.
+GRPO = [
+    "algorithm.adv_estimator=grpo",
+    "data.train_batch_size=16",
+    "data.max_response_length=256",
+    "actor_rollout_ref.model.path=somewhere",
+    "actor_rollout_ref.actor.use_kl_loss=False",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=16",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
+    "actor_rollout_ref.rollout.n=8",
+    "actor_rollout_ref.rollout.name=vllm",
+    "trainer.n_gpus_per_node=1",
+]
+
+
+def compose(*overrides, base=GRPO):
+    import verl.trainer.main_ppo  # noqa: F401  registers resolvers, and is where a run starts
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return hydra_compose("ppo_trainer", [*base, *overrides])
+
+
+def vimpo(*overrides):
+    return compose("algorithm.adv_estimator=vimpo", *overrides)
+
+
+def validate(config):
+    """As verl's driver does it."""
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+
+
+def test_the_switch_alone_is_enough():
+    config = vimpo()
+    validate(config)
+    from verl.trainer.ppo.utils import need_reference_policy
+
+    assert need_reference_policy(config) is True
+    assert need_reference_policy(compose()) is False
+
+
+def test_a_grpo_run_is_left_exactly_as_it_was(capsys):
+    config = compose()
+    before = OmegaConf.to_container(config, resolve=False)
+    validate(config)
+    assert OmegaConf.to_container(config, resolve=False) == before
+    assert "inert" in capsys.readouterr().out
+
+
+def test_what_vimpo_changes_in_the_configuration():
+    """The policy loss, and what the reference worker needs; nothing else."""
+    config = vimpo("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", "actor_rollout_ref.model.use_remove_padding=True")
+    before = flat(OmegaConf.to_container(config, resolve=True))
+    validate(config)
+    after = flat(OmegaConf.to_container(config, resolve=True))
+    changed = {key for key in before.keys() | after.keys() if before.get(key, "absent") != after.get(key, "absent")}
+    loss = "actor_rollout_ref.actor.policy_loss."
+    assert {key for key in changed if not key.startswith(loss)} <= {
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu",
+        "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size",
+    }
+    assert after["actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu"] == 4
+    assert after["actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size"] == 2
+
+
+def flat(container, prefix=""):
+    found = {}
+    for key, value in container.items():
+        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return found
+
+
+def test_a_micro_batch_size_of_the_reference_is_kept():
+    config = vimpo("actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=2")
+    validate(config)
+    assert config.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu == 2
+
+
+def test_the_knobs_reach_the_workers():
+    """actor.policy_loss is built through its _target_, in every worker."""
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl_patches.policy_loss_config import VimpoPolicyLossConfig
+
+    config = vimpo("+algorithm.vimpo.beta=5e-3", "+algorithm.vimpo.kl_estimator=k3", "+algorithm.vimpo.actor_coeff=0.1")
+    validate(config)
+    built = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
+    assert isinstance(built, VimpoPolicyLossConfig) and built.loss_mode == "vimpo"
+    assert built.vimpo == VimpoConfig(beta=5e-3, kl_estimator="k3", actor_coeff=0.1)
+    assert omega_conf_to_dataclass(config.actor_rollout_ref.actor).policy_loss.vimpo == built.vimpo
+
+
+def test_validating_twice_changes_nothing_more():
+    config = vimpo("+algorithm.vimpo.beta=5e-3")
+    validate(config)
+    once = OmegaConf.to_container(config, resolve=True)
+    validate(config)
+    assert OmegaConf.to_container(config, resolve=True) == once
+
+
+def test_the_line_in_the_driver_names_the_knobs(capsys):
+    validate(vimpo("+algorithm.vimpo.beta=5e-3", "algorithm.lam=0.95"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("vimpo_verl")]
+    assert "VIMPO in force" in line and "beta=0.005" in line and "lam=0.95" in line
+
+
+# override -> what the refusal must say besides the key: what to write instead
+REFUSED = {
+    "algorithm.gamma=0.99": "algorithm.gamma=1.0",
+    "algorithm.lam=1.5": "algorithm.lam=1.0",
+    "algorithm.use_kl_in_reward=True": "algorithm.use_kl_in_reward=False",
+    "algorithm.rollout_correction.bypass_mode=True": "algorithm.rollout_correction.bypass_mode=False",
+    "critic.enable=True": "remove critic.enable",
+    "trainer.use_v1=False": "trainer.use_v1=True",
+    "trainer.v1.trainer_mode=separate_async": "trainer.v1.trainer_mode=sync",
+    "actor_rollout_ref.actor.strategy=megatron": "actor_rollout_ref.actor.strategy=fsdp2",
+    "actor_rollout_ref.actor.policy_loss.loss_mode=gspo": "remove actor_rollout_ref.actor.policy_loss.loss_mode",
+    "actor_rollout_ref.model.lora_rank=8": "actor_rollout_ref.model.lora_rank=0",
+    "actor_rollout_ref.ref.strategy=fsdp2": "remove actor_rollout_ref.ref.strategy",
+    "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size=2": "remove it",
+    "actor_rollout_ref.actor.fsdp_config.pad_to_length=True": "pad_to_length=False",
+    "distillation.enabled=True": "distillation.enabled=False",
+    "+algorithm.vimpo.kl_estimator=k1": "exact, k2 or k3",
+    "+algorithm.vimpo.betta=1": "did you mean algorithm.vimpo.beta?",
+    "+algorithm.vimpo.beta=-1": "greater than 0",
+}
+
+
+def refusals(config) -> list[str]:
+    with pytest.raises(ValueError, match="adv_estimator=vimpo cannot run") as caught:
+        validate(config)
+    return str(caught.value).splitlines()[1:]
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_a_refusal_names_the_key_and_what_to_write(override):
+    (problem,) = refusals(vimpo(override))
+    assert override.removeprefix("+").split("=")[0] in problem
+    assert REFUSED[override] in problem
+
+
+def test_every_problem_is_listed_at_once():
+    together = [o for o in REFUSED if "megatron" not in o and "ref." not in o.split("=")[0][18:] and "critic" not in o]
+    problems = refusals(vimpo(*together))
+    assert len(problems) == len(together)
+    for number, problem in enumerate(problems, 1):
+        assert problem.strip().startswith(f"{number}. ")
+    for override in together:
+        assert any(override.removeprefix("+").split("=")[0] in problem for problem in problems), override
+
+
+def test_nothing_is_changed_where_something_is_refused():
+    config = vimpo("algorithm.gamma=0.9")
+    before = OmegaConf.to_container(config, resolve=False)
+    refusals(config)
+    assert OmegaConf.to_container(config, resolve=False) == before
+
+
+@pytest.mark.parametrize("key", ["trainer.v1.trainer_mode=colocate_async", "actor_rollout_ref.actor.strategy=fsdp2"])
+def test_what_vimpo_supports_is_not_refused(key):
+    validate(vimpo(key))
+
+
+WARNED = {
+    "actor_rollout_ref.rollout.n=1": "V0 = R",
+    "actor_rollout_ref.actor.use_kl_loss=True": "kl_loss_coef",
+    "actor_rollout_ref.actor.entropy_coeff=0.01": "weighs as",
+}
+
+
+@pytest.mark.parametrize("override", WARNED)
+def test_warnings(override, caplog):
+    with caplog.at_level(logging.WARNING, logger="vimpo_verl"):
+        validate(vimpo(override))
+    (record,) = [r for r in caplog.records if r.name == "vimpo_verl"]
+    assert override in record.getMessage() and WARNED[override] in record.getMessage()
+
+
+def test_a_plain_recipe_gives_no_warning(caplog):
+    with caplog.at_level(logging.WARNING, logger="vimpo_verl"):
+        validate(vimpo())
+    assert [r for r in caplog.records if r.name == "vimpo_verl"] == []
+
+
+def test_the_warning_works_out_the_weight(caplog):
+    """kl_loss_coef beside beta * T * |residual| = 5e-4 * 256 * 0.5 = 0.064: 0.001 weighs as 0.016."""
+    with caplog.at_level(logging.WARNING, logger="vimpo_verl"):
+        validate(vimpo("actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_loss_coef=0.001"))
+    assert "0.064" in caplog.text and "0.016" in caplog.text
+
+
+def test_an_untested_verl_is_named(caplog, monkeypatch):
+    import verl
+
+    monkeypatch.setattr(verl, "__version__", "0.99.0")
+    with caplog.at_level(logging.WARNING, logger="vimpo_verl"):
+        validate(vimpo())
+    assert "0.99.0" in caplog.text and "0.9.1" in caplog.text
+
+
+def test_a_seam_that_is_not_in_force_is_refused_with_the_reason(monkeypatch):
+    from verl_patches import seams
+
+    lost = seams.SEAMS[0]
+    monkeypatch.setattr(seams, "_in_force", {seam.name for seam in seams.SEAMS} - {lost.name})
+    monkeypatch.setattr(seams, "_failures", {lost.name: "ImportError: nothing there"})
+    (problem,) = refusals(vimpo())
+    assert lost.name in problem and "nothing there" in problem
