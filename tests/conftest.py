@@ -43,3 +43,12 @@ def models(tmp_path_factory):
     yield folder
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def tied_models(models):
+    """The same with the output matrix tied to the embedding."""
+    import engine_harness
+
+    engine_harness.make_models(models / "tied", tied=True)
+    return models / "tied"

@@ -43,6 +43,7 @@ class Setting:
     gradient_checkpointing: bool = False
     dtype: str = "fp32"
     sp_size: int = 1
+    use_fused_kernels: bool = False
     # What does change the result:
     temperature: float = 1.0
     mini_batches: int = 1
@@ -54,13 +55,16 @@ class Setting:
     equal_models: bool = False
 
 
-def make_models(folder: Path) -> None:
-    """Write a tiny Qwen3 `policy` and a `ref` near it, whose distributions are far from uniform."""
+def make_models(folder: Path, tied: bool = False) -> None:
+    """Write a tiny Qwen3 `policy` and a `ref` near it, whose distributions are far from uniform.
+
+    With `tied`, the output matrix is the embedding, as in small models.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, tie_word_embeddings=False,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, tie_word_embeddings=tied,
         bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS, initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -141,6 +145,8 @@ def make_worker(worker_cls, path: Path, setting: Setting, forward_only: bool):
                 path=str(path),
                 load_tokenizer=False,
                 use_remove_padding=setting.use_remove_padding,
+                use_fused_kernels=setting.use_fused_kernels,
+                fused_kernel_options={"impl_backend": "torch"},
                 enable_gradient_checkpointing=setting.gradient_checkpointing,
                 override_config={"attn_implementation": attention},
             ),
@@ -183,7 +189,6 @@ def make_workers(models: Path, setting: Setting) -> Workers:
     from verl.workers.engine_workers import TrainingWorker
     from verl.workers.utils.losses import ppo_loss
     from verl_patches.policy_loss_config import VimpoPolicyLossConfig
-    from verl_patches.value_branch import VimpoLoss
     from verl_patches.worker import VimpoTrainingWorker
 
     actor = make_worker(VimpoTrainingWorker, models / "policy", setting, forward_only=False)
@@ -199,7 +204,8 @@ def make_workers(models: Path, setting: Setting) -> Workers:
         policy_loss=VimpoPolicyLossConfig(loss_mode="vimpo", vimpo=knobs_of(setting)),
         **setting.actor,
     )
-    actor.set_loss_fn(VimpoLoss(partial(ppo_loss, config=actor_config), knobs_of(setting)))
+    actor.set_loss_fn(partial(ppo_loss, config=actor_config))
+    actor.use_vimpo_loss(knobs_of(setting), ref)
     return Workers(actor, ref)
 
 

@@ -19,6 +19,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from verl.utils import tensordict_utils as tu
+from verl_patches.fused_head import fused_heads
 from vimpo_verl.functional import sampled_kl
 from vimpo_verl.token_statistics import TokenStatistics, token_statistics
 
@@ -44,29 +45,42 @@ class PolicyLogitsHook(_LogitsHook):
 
     Args:
         ref_engine: verl's FSDP engine of the reference, in eval mode.
-        kl_estimator: "exact", "k2" or "k3".
     """
 
-    def __init__(self, ref_engine: Any, kl_estimator: str):
-        self.ref_engine, self.kl_estimator = ref_engine, kl_estimator
+    def __init__(self, ref_engine: Any):
+        self.ref_engine = ref_engine
 
     def reduce(self, logits: Tensor, micro_batch: TensorDict) -> dict[str, Tensor]:
         """Logits [n, V] -> log_probs, entropy, ref_log_probs, token_kl, each [1, n]."""
-        # The labels in the layout of the logits (rolled, padded and sliced for sequence parallelism) are verl's.
-        _, output_args = self.ref_engine.prepare_model_inputs(micro_batch=micro_batch)
-        ref_hook = _ReferenceLogitsHook(logits, output_args["input_ids_rmpad_rolled"])
-        self.ref_engine.forward_step(micro_batch, loss_function=ref_hook, forward_only=True)
-        statistics = ref_hook.statistics
-        token_kl = statistics.token_kl
-        if self.kl_estimator != "exact":
-            token_kl = sampled_kl(statistics.log_prob, statistics.ref_log_prob, self.kl_estimator)
+        statistics = statistics_against_reference(self.ref_engine, logits, micro_batch)
         results = {
             "log_probs": statistics.log_prob,
             "entropy": statistics.entropy,
             "ref_log_probs": statistics.ref_log_prob,
-            "token_kl": token_kl,
+            "token_kl": statistics.token_kl,
         }
         return {name: result.unsqueeze(0) for name, result in results.items()}
+
+
+@torch.no_grad()
+def statistics_against_reference(ref_engine: Any, policy_logits: Tensor, micro_batch: TensorDict) -> TokenStatistics:
+    """Run the reference on a micro-batch and reduce its logits together with the policy's.
+
+    Args:
+        ref_engine: verl's FSDP engine of the reference, in eval mode.
+        policy_logits: [n, V], this rank's slice, temperature-scaled. Not modified.
+        micro_batch: what the policy's engine is working on.
+
+    Returns:
+        TokenStatistics, each [n].
+    """
+    micro_batch = micro_batch.copy()  # shallow; the flags below are the reference's
+    tu.assign_non_tensor(micro_batch, **_HOOK_FLAGS)
+    # The labels in the layout of the logits (rolled, padded and sliced for sequence parallelism) are verl's.
+    _, output_args = ref_engine.prepare_model_inputs(micro_batch=micro_batch)
+    ref_hook = _ReferenceLogitsHook(policy_logits.detach(), output_args["input_ids_rmpad_rolled"])
+    ref_engine.forward_step(micro_batch, loss_function=ref_hook, forward_only=True)
+    return ref_hook.statistics
 
 
 class _ReferenceLogitsHook(_LogitsHook):
@@ -93,10 +107,23 @@ def joint_infer_batch(actor: Any, ref: Any, data: TensorDict, kl_estimator: str)
         What TrainingWorker.infer_batch returns, with nested [B, prompt + response] `log_probs`, `entropy`,
         `ref_log_probs` and `token_kl`, in nats; None on ranks that collect nothing.
     """
-    tu.assign_non_tensor(data, compute_loss=True, **_HOOK_FLAGS)
-    hook = PolicyLogitsHook(ref.engine, kl_estimator)
-    with ref.engine.eval_mode(), _loss_function(actor, hook):
-        return actor.infer_batch(data)
+    with ref.engine.eval_mode():
+        if actor.engine_config.use_fused_kernels:
+            tu.assign_non_tensor(data, compute_loss=False, calculate_entropy=True)
+            with fused_heads(actor.engine, ref.engine, with_policy=True):
+                output = actor.infer_batch(data)
+        else:
+            tu.assign_non_tensor(data, compute_loss=True, **_HOOK_FLAGS)
+            with _loss_function(actor, PolicyLogitsHook(ref.engine)):
+                output = actor.infer_batch(data)
+    if output is not None and kl_estimator != "exact":
+        output["token_kl"] = _sampled_kl_nested(output["log_probs"], output["ref_log_probs"], kl_estimator)
+    return output
+
+
+def _sampled_kl_nested(log_probs: Tensor, ref_log_probs: Tensor, kl_estimator: str) -> Tensor:
+    values = sampled_kl(log_probs.values(), ref_log_probs.values(), kl_estimator)
+    return torch.nested.nested_tensor_from_jagged(values, log_probs.offsets())
 
 
 @contextlib.contextmanager

@@ -143,11 +143,6 @@ def _model(config: Any) -> Iterator[str]:
             "actor_rollout_ref.model.lora_rank: LoRA is not supported yet; write actor_rollout_ref.model.lora_rank=0 "
             "and remove lora_adapter_path"
         )
-    if model.get("use_fused_kernels", False):
-        yield (
-            "actor_rollout_ref.model.use_fused_kernels=True: fused kernels make no logits, and kappa comes from them; "
-            "write actor_rollout_ref.model.use_fused_kernels=False"
-        )
 
 
 def _losses(config: Any) -> Iterator[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
+from verl_patches.joint_pass import statistics_against_reference
 from vimpo_verl import functional as F
 from vimpo_verl.config import VimpoConfig
 from vimpo_verl.registrations import ActorBranch, actor_branch
@@ -31,22 +32,36 @@ class VimpoLoss:
     Args:
         ppo_loss: verl's ppo_loss with its actor configuration bound; its policy loss must be "vimpo".
         knobs: VIMPO's configuration.
+        ref_engine: verl's engine of the reference; used with kappa_policy=current.
     """
 
-    def __init__(self, ppo_loss: Callable, knobs: VimpoConfig):
-        self.ppo_loss, self.knobs = ppo_loss, knobs
+    def __init__(self, ppo_loss: Callable, knobs: VimpoConfig, ref_engine: Any):
+        self.ppo_loss, self.knobs, self.ref_engine = ppo_loss, knobs, ref_engine
 
-    def __call__(self, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None) -> tuple[Tensor, dict]:
-        """A micro-batch's share of the loss of its global mini-batch, and its metrics.
+    def __call__(
+        self,
+        *,
+        data: TensorDict,
+        model_output: dict[str, Tensor] | None = None,
+        dp_group: Any = None,
+        student_logits: Tensor | None = None,
+    ):
+        """verl's engine calls it in two roles.
 
-        Args:
-            model_output: verl's, with nested `log_probs`.
-            data: the micro-batch.
-            dp_group: passed on.
+        As logits hook (with kappa_policy=current): student_logits [1, n, V] -> {"token_kl": [1, n]}.
+
+        As final loss: model_output with nested `log_probs` -> a micro-batch's share of the loss of its global
+        mini-batch, and its metrics.
 
         Raises:
             RuntimeError: the batch lacks what VIMPO's trainer puts into it, or ppo_loss did not call "vimpo".
         """
+        if student_logits is not None:
+            statistics = statistics_against_reference(self.ref_engine, student_logits.squeeze(0), data)
+            return {"token_kl": statistics.token_kl.unsqueeze(0)}
+        return self._loss(model_output, data, dp_group)
+
+    def _loss(self, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any) -> tuple[Tensor, dict]:
         _require_fields(data)
         with actor_branch(ActorBranch(coeff=tu.get_non_tensor_data(data, ACTOR_COEFF, None))) as branch:
             loss, metrics = self.ppo_loss(model_output=model_output, data=data, dp_group=dp_group)
@@ -69,7 +84,7 @@ class VimpoLoss:
         per_sequence = F.value_loss(
             log_prob,
             batch["ref_log_prob"],
-            batch["token_kl"],
+            self._token_kl(log_prob, batch["ref_log_prob"], batch["token_kl"], model_output, data),
             target_of(batch["returns"], mask),
             mask,
             self.knobs.beta,
@@ -79,6 +94,17 @@ class VimpoLoss:
         count = tu.get_non_tensor_data(data, NUM_SEQUENCES, None)
         # A placeholder has an empty mask and target 0, so its loss is 0. A mini-batch of nothing else has no mean.
         return per_sequence.sum() * (data["dp_size"] / count if count else 0.0)
+
+
+    def _token_kl(
+        self, log_prob: Tensor, ref_log_prob: Tensor, old_token_kl: Tensor, model_output: dict, data: TensorDict
+    ) -> Tensor:
+        """KL of each response token [B, T], of the policy that kappa_policy names."""
+        if self.knobs.kappa_policy == "old":
+            return old_token_kl
+        if self.knobs.kl_estimator != "exact":
+            return F.sampled_kl(log_prob.detach(), ref_log_prob, self.knobs.kl_estimator)
+        return no_padding_2_padding(model_output["token_kl"], data)
 
 
 def target_of(returns: Tensor, response_mask: Tensor) -> Tensor:

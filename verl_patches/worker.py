@@ -4,6 +4,8 @@ Touches verl.workers.engine_workers.ActorRolloutRefWorker and TrainingWorker, by
 subclass where verl's was. Checked against verl 0.9.1; no upstream issue.
 """
 
+import contextlib
+
 import torch
 from tensordict import TensorDict
 
@@ -12,12 +14,25 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.profiler import DistProfiler
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+from verl_patches.fused_head import fused_heads
 from verl_patches.joint_pass import joint_infer_batch
 from verl_patches.value_branch import IS_REAL, NUM_SEQUENCES, VimpoLoss
+from vimpo_verl.config import VimpoConfig
 
 
 class VimpoTrainingWorker(TrainingWorker):
-    """verl's worker of one model, which tells the loss how many real sequences its global mini-batch has."""
+    """verl's worker of the policy, with VIMPO's loss."""
+
+    def use_vimpo_loss(self, knobs: VimpoConfig, reference: TrainingWorker) -> None:
+        """Add L_V to the loss function that verl has set.
+
+        Args:
+            knobs: VIMPO's configuration.
+            reference: verl's worker of the reference; with kappa_policy=current it runs in every update.
+        """
+        self.reference = reference
+        self.kappa_in_update = knobs.kappa_policy == "current" and knobs.kl_estimator == "exact"
+        self.set_loss_fn(VimpoLoss(self.loss_fn, knobs, reference.engine))
 
     def train_batch(self, data: TensorDict) -> TensorDict:
         """One update on a mini-batch; arguments and result are verl's.
@@ -30,7 +45,22 @@ class VimpoTrainingWorker(TrainingWorker):
         count = data[IS_REAL].sum().to(self.device_name)
         torch.distributed.all_reduce(count, group=self.engine.get_data_parallel_group())
         tu.assign_non_tensor(data, **{NUM_SEQUENCES: int(count.item())})
-        return super().train_batch(data)
+        with self._reference_at_hand(data):
+            return super().train_batch(data)
+
+    @contextlib.contextmanager
+    def _reference_at_hand(self, data: TensorDict):
+        """Have verl's engine ask for kappa in the update, where kappa_policy=current wants it."""
+        if not self.kappa_in_update:
+            yield
+            return
+        with self.reference.engine.eval_mode():
+            if self.engine_config.use_fused_kernels:
+                with fused_heads(self.engine, self.reference.engine, with_policy=False):
+                    yield
+            else:
+                tu.assign_non_tensor(data, distillation_use_topk=True)
+                yield
 
 
 class VimpoActorRolloutRefWorker(ActorRolloutRefWorker):
@@ -51,7 +81,7 @@ class VimpoActorRolloutRefWorker(ActorRolloutRefWorker):
                 f"VIMPO needs the reference model in the worker of the policy, but this worker's role is {self.role!r}"
             )
         self.knobs = omega_conf_to_dataclass(self.config.actor.policy_loss).vimpo
-        self.actor.set_loss_fn(VimpoLoss(self.loss_fn, self.knobs))
+        self.actor.use_vimpo_loss(self.knobs, self.ref)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     @DistProfiler.annotate(color="blue", role="actor_compute_log_prob")

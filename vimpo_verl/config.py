@@ -14,6 +14,7 @@ SECTION = "algorithm.vimpo"
 
 KL_ESTIMATORS = ("exact", "k2", "k3")
 VALUE_LOSS_TYPES = ("squared_error", "huber")
+KAPPA_POLICIES = ("old", "current")
 BASELINES = ("group_mean", "leave_one_out")
 
 
@@ -28,6 +29,8 @@ class VimpoConfig:
         actor_alpha: the push of actor_coeff "auto", relative to the value loss; >= 0.
         actor_trust: multiply c_A by max(0, correlation of the policy's judgement with the outcomes).
         kl_estimator: kappa: "exact" (whole vocabulary, the paper's), or from the sampled token alone "k2" or "k3".
+        kappa_policy: the policy that kappa in L_V belongs to: "old", the one before the update (the same for one update a
+            batch, as in the paper), or "current", recomputed in every update for a reference forward more.
         whiten: whiten the advantages over the whole batch.
         use_actor: False trains with the value loss alone.
         value_loss_type: "squared_error" (the paper's) or "huber".
@@ -41,6 +44,7 @@ class VimpoConfig:
     actor_alpha: float = 0.1
     actor_trust: bool = True
     kl_estimator: str = "exact"
+    kappa_policy: str = "old"
     whiten: bool = True
     use_actor: bool = True
     value_loss_type: str = "squared_error"
@@ -158,6 +162,7 @@ _CHECKS = {
     "actor_alpha": _not_negative,
     "actor_trust": _flag,
     "kl_estimator": _kl_estimator,
+    "kappa_policy": _one_of(*KAPPA_POLICIES),
     "whiten": _flag,
     "use_actor": _flag,
     "value_loss_type": _one_of(*VALUE_LOSS_TYPES),
