@@ -23,6 +23,8 @@ setup(
     extras_require={
         "test": ["hypothesis", "pytest", "pytest-timeout"],
         "plot": ["matplotlib"],
+        # vimpo_verl.rewards.math replaces a function of math-verify in its checker processes.
+        "math": ["math-verify>=0.9,<0.10"],
     },
     entry_points={
         # verl imports these modules in every process (driver, trainer, workers, vLLM) at the end of `import verl`.

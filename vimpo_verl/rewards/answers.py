@@ -10,12 +10,13 @@ MAX_ANSWER = 1_000  # characters; no data set named in examples/math/prepare_dat
 MAX_TAIL = 2_000  # characters at the end of a response without a box in which an answer is looked for
 _MAX_BOXES = 16  # boxes, from the end, that are tried before giving up on unclosed ones
 
-_BOX = re.compile(r"\\f?boxed(?![A-Za-z])\s*")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BARE_BOX = re.compile(r"[^\s$\\{}]+")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox|operatorname)\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z '\-]*")
 _INTEGER = re.compile(r"[+-]?\d{1,18}")
 _THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!;: ]|\{,\}| )(?=\d{3}(?:\D|$))")
+_FULL_STOP = re.compile(r"(?<=\d)\.(?=\s|$)")
 _SHORTEST_WORD = 4  # shorter ones may be products of variables, such as abc
 
 
@@ -68,11 +69,15 @@ def _braced(text: str, begin: int) -> str | None:
 
 
 def tail(text: str) -> str:
-    """The end of `text`, where an answer without a box is looked for; begins at a line where there is one."""
-    if len(text) <= MAX_TAIL:
-        return text.strip()
-    end = text[-MAX_TAIL:]
-    return end[end.find("\n") + 1 :].strip() or end.strip()
+    """The end of `text`, where an answer without a box is looked for; begins at a line where there is one.
+
+    A full stop after a number becomes a comma: math-verify takes "3/4." for a floating-point number.
+    """
+    end = text
+    if len(text) > MAX_TAIL:
+        end = text[-MAX_TAIL:]
+        end = end[end.find("\n") + 1 :].strip() or end
+    return _FULL_STOP.sub(",", end.strip())
 
 
 def clean(answer: str) -> str:
@@ -81,6 +86,8 @@ def clean(answer: str) -> str:
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         if len(answer) > len(opening) + len(closing) and answer.startswith(opening) and answer.endswith(closing):
             answer = answer[len(opening) : -len(closing)].strip()
+    if not answer.strip("$"):
+        return ""
     if answer.endswith(".") and not answer.endswith("\\."):
         answer = answer[:-1].rstrip()
     return _THOUSANDS.sub("", answer)
