@@ -1,0 +1,205 @@
+"""Joint pass and update of VIMPO against GRPO's passes, on verl's own FSDP engine: time, peak memory, model forwards.
+
+Side by side in one process, with the workers of tests/engine_harness.py and a random-weight Qwen3 of the given shape. Three
+recipes: GRPO (old log-probs, update), GRPO with KL (old, reference, update with KL loss), VIMPO (joint pass, update). Everything
+of a step but generation. Ratios are to GRPO with KL. --tokens, --vocabulary and --ranks take several values, for growth.
+
+    python benchmarks/engine_step.py --json benchmarks/results/engine_step.json
+    python benchmarks/engine_step.py --tokens 512 1024 2048 4096 --json benchmarks/results/growth_tokens.json
+    python benchmarks/engine_step.py --shape 1.7B --tokens 8192 --dtype bf16      (on a GPU)
+"""
+
+import contextlib
+import sys
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+import conftest  # noqa: E402, F401  sets the environment that verl reads at import
+import engine_harness as harness  # noqa: E402
+import torch  # noqa: E402
+from report import arguments, seconds, show  # noqa: E402
+from tensor_memory import TensorMemory, extra_bytes  # noqa: E402
+
+# hidden, intermediate, layers, heads, key-value heads, head dimension
+SHAPES = {
+    "tiny": (64, 128, 2, 4, 2, 16),
+    "small": (256, 512, 4, 4, 2, 64),
+    "0.6B": (1024, 3072, 28, 16, 8, 128),
+    "1.7B": (2048, 6144, 28, 16, 8, 128),
+    "4B": (2560, 9728, 36, 32, 8, 128),
+}
+RECIPES = ("grpo", "grpo_kl", "vimpo")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_model(folder: Path, shape: str, vocabulary: int) -> None:
+    """One random-weight model, as policy and as reference."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    hidden, intermediate, layers, heads, kv_heads, head_dim = SHAPES[shape]
+    config = Qwen3Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, tie_word_embeddings=True,
+        max_position_embeddings=8192, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(folder / "policy")
+    (folder / "ref").symlink_to(folder / "policy")
+
+
+def make_samples(tokens: int, vocabulary: int, length: int) -> list[harness.Sample]:
+    """tokens / length samples of `length` tokens, half of them prompt, in groups of two."""
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for i in range(max(2, tokens // length)):
+        ids = tuple(torch.randint(2, vocabulary, (length,), generator=generator).tolist())
+        half = length // 2
+        samples.append(harness.Sample(f"p{i // 2}", ids[:half], ids[half:], (1,) * (length - half), float(i % 2)))
+    return samples
+
+
+class Stages:
+    """The stages of a step of each recipe, over the same workers and batch."""
+
+    def __init__(self, folder: Path, samples: list[harness.Sample], setting: harness.Setting):
+        from verl.workers.utils.losses import ppo_loss
+
+        self.samples, self.setting = samples, setting
+        self.workers = harness.make_workers(folder, setting)
+        self.vimpo_loss = self.workers.actor.loss_fn
+        self.actor_config = self.vimpo_loss.ppo_loss.keywords["config"]
+        self.ppo_loss = ppo_loss
+        self.per_token = self.joint_pass()
+        from vimpo_verl.batch import compute_batch
+
+        padded = harness.padded
+        self.batch = compute_batch(
+            old_log_prob=padded(self.per_token["log_probs"]),
+            ref_log_prob=padded(self.per_token["ref_log_probs"]),
+            token_kl=padded(self.per_token["token_kl"]),
+            response_mask=padded([torch.tensor(s.mask) for s in samples]),
+            outcome=torch.tensor([s.outcome for s in samples]),
+            group=[s.uid for s in samples],
+            config=harness.knobs_of(setting),
+            lam=1.0,
+        )
+
+    def of(self, recipe: str) -> dict[str, Any]:
+        """Name -> what to call."""
+        old = {"old log-probs": partial(self.infer, self.workers.actor, True)}
+        ref = {"reference": partial(self.infer, self.workers.ref, False)}
+        return {
+            "grpo": {**old, "update": partial(self.update, kl=False)},
+            "grpo_kl": {**old, **ref, "update": partial(self.update, kl=True)},
+            "vimpo": {"joint pass": self.joint_pass, "update": self.update_vimpo},
+        }[recipe]
+
+    def joint_pass(self):
+        return harness.joint_pass(self.workers, self.samples, self.setting)
+
+    def infer(self, worker, entropy: bool):
+        data = harness.to_tensordict(self.samples, temperature=1.0, calculate_entropy=entropy, compute_loss=False)
+        return worker.infer_batch(data)
+
+    def update_vimpo(self):
+        self.workers.actor.set_loss_fn(self.vimpo_loss)
+        return self._train()
+
+    def update(self, kl: bool):
+        from verl.workers.config import FSDPActorConfig
+
+        config = FSDPActorConfig(
+            strategy=self.setting.strategy, rollout_n=2, ppo_micro_batch_size_per_gpu=1, use_kl_loss=kl
+        )
+        self.workers.actor.set_loss_fn(partial(self.ppo_loss, config=config))
+        return self._train()
+
+    def _train(self):
+        data = harness.training_data(self.samples, self.per_token, self.batch, self.setting)[:]
+        return self.workers.actor.train_mini_batch(data)
+
+
+@contextlib.contextmanager
+def counted_forwards():
+    """Yields a list that gets the number of sequences of every model forward."""
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+    verls, forwards = FSDPEngineWithLMHead.forward_step, []
+
+    def forward_step(self, micro_batch, loss_function, forward_only):
+        forwards.append(len(micro_batch))
+        return verls(self, micro_batch, loss_function, forward_only)
+
+    FSDPEngineWithLMHead.forward_step = forward_step
+    try:
+        yield forwards
+    finally:
+        FSDPEngineWithLMHead.forward_step = verls
+
+
+def measure(stages: Stages, tokens: int, vocabulary: int, repeats: int) -> list[dict]:
+    """A row for each recipe."""
+    rows = []
+    for recipe in RECIPES:
+        row = {"tokens": tokens, "V": vocabulary, "recipe": recipe}
+        forwards = step_s = 0
+        passes_bytes = 0
+        for name, stage in stages.of(recipe).items():
+            with counted_forwards() as counted:
+                stage()
+            forwards += sum(counted) / len(stages.samples)
+            step_s += seconds(stage, repeats)
+            used = extra_bytes(stage, DEVICE)
+            if name == "update":
+                row["update MB"] = used / 1e6
+            else:
+                passes_bytes = max(passes_bytes, used)
+        row.update({"passes MB": passes_bytes / 1e6, "forwards a sequence": forwards, "step s": step_s})
+        rows.append(row)
+    base = rows[RECIPES.index("grpo_kl")]
+    for row in rows:
+        row["step ratio"] = row["step s"] / base["step s"]
+        row["update ratio"] = row["update MB"] / base["update MB"]
+        row["passes ratio"] = row["passes MB"] / base["passes MB"]
+    return rows
+
+
+def large_tensors(stages: Stages, vocabulary: int) -> dict[str, dict[str, int]]:
+    """Shapes of logits-sized tensors that the update of each recipe makes."""
+    found = {}
+    for recipe in RECIPES:
+        with TensorMemory(large_elements=vocabulary * 64) as memory:
+            stages.of(recipe)["update"]()
+        found[recipe] = {str(shape): count for shape, count in sorted(memory.large.items()) if vocabulary in shape}
+    return found
+
+
+def main() -> None:
+    options = arguments(
+        __doc__.splitlines()[0], shape="small", vocabulary=[32_000], tokens=[2048], length=256, repeats=3, dtype="fp32",
+        fused=0,
+    )  # fmt: skip
+    harness.start_process_group()
+    rows, large = [], {}
+    for vocabulary in options.vocabulary:
+        with tempfile.TemporaryDirectory() as folder:
+            make_model(Path(folder), options.shape, vocabulary)
+            for tokens in options.tokens:
+                setting = harness.Setting(
+                    micro_batch_size=1, dtype=options.dtype, use_fused_kernels=bool(options.fused), equal_models=True
+                )
+                stages = Stages(Path(folder), make_samples(tokens, vocabulary, options.length), replace(setting))
+                rows += measure(stages, tokens, vocabulary, options.repeats)
+                large = large_tensors(stages, vocabulary)
+    show(f"A step on verl's FSDP engine, {options.shape}", rows, options.json, logits_sized_tensors_of_update=large)
+    for recipe, shapes in large.items():
+        print(f"logits-sized tensors made in the update of {recipe}: {sum(shapes.values())} {shapes}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What every benchmark script shares: the machine in words, timing, a table, a JSON file."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def arguments(description: str, **defaults: Any) -> argparse.Namespace:
+    """Parse `--json FILE` and one option for each of `defaults`; lists take several values."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    for name, default in defaults.items():
+        several = isinstance(default, list)
+        kind = type(default[0] if several else default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+" if several else None, default=default)
+    return parser.parse_args()
+
+
+def machine() -> dict[str, Any]:
+    """The machine that the figures belong to."""
+    processor = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    versions = {name: _version(name) for name in ("torch", "triton", "verl", "vllm", "vimpo_verl")}
+    return {
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def seconds(function: Callable[[], Any], repeats: int = 5) -> float:
+    """Median time of a call, after one that is not counted; waits for the GPU."""
+    taken = []
+    for repeat in range(repeats + 1):
+        _wait()
+        start = time.perf_counter()
+        function()
+        _wait()
+        if repeat:
+            taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def show(title: str, rows: list[dict[str, Any]], json_file: Path | None, **extra: Any) -> None:
+    """Print the rows as a table with the machine under it, and write them as JSON."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column, justify="right" if isinstance(rows[0][column], (int, float)) else "left")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    console = Console(width=160)
+    console.print(table)
+    console.print(", ".join(f"{name} {value}" for name, value in machine().items() if value is not None))
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps({"title": title, "machine": machine(), **extra, "rows": rows}, indent=1) + "\n")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

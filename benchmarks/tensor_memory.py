@@ -1,0 +1,73 @@
+"""Peak memory of a piece of code, from tensors.
+
+On a GPU the allocator knows. On a CPU nothing does, so a dispatch mode adds up the storages that operators create and that
+are still alive; what an operator allocates and frees inside itself is not seen.
+"""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class TensorMemory(TorchDispatchMode):
+    """Counts the bytes of storages made inside the block and still alive.
+
+    Attributes:
+        live: bytes alive now.
+        peak: the largest `live` so far.
+        large: shapes of tensors of at least `large_elements` elements made inside the block -> how many.
+    """
+
+    def __init__(self, large_elements: int | None = None):
+        super().__init__()
+        self.live = self.peak = 0
+        self.large: dict[tuple[int, ...], int] = {}
+        self.large_elements = large_elements
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor)
+        return result
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        try:
+            storage = tensor.untyped_storage()
+        except (RuntimeError, NotImplementedError):  # a subclass without storage; its parts are counted
+            return
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen or not size:
+            return
+        self._seen.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, key, size)
+        if self.large_elements and tensor.numel() >= self.large_elements:
+            shape = tuple(tensor.shape)
+            self.large[shape] = self.large.get(shape, 0) + 1
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+def extra_bytes(function: Callable[[], Any], device: str) -> int:
+    """Largest sum of live tensors that `function` makes."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with TensorMemory() as memory:
+        function()
+    return memory.peak
