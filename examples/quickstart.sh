@@ -18,15 +18,18 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 started=$SECONDS
 stage() { printf '\n== %s  (%d s)\n' "$1" $((SECONDS - started)); }
 
-stage "1/4 environment"
+stage "1/5 environment"
 bash examples/setup_env.sh
 
-stage "2/4 GRPO"
+stage "2/5 a tiny model, warmed up until it is right about a third of the time, and its task"
+bash examples/tiny/prepare.sh outputs/tiny
+
+stage "3/5 GRPO"
 ALGO=grpo OUT=$OUT/grpo STEPS=$STEPS SEED=$SEED LR=$LR bash examples/tiny/run_tiny.sh
 
-stage "3/4 VIMPO: the same command with algorithm.adv_estimator=vimpo"
+stage "4/5 VIMPO: the same command with algorithm.adv_estimator=vimpo"
 ALGO=vimpo OUT=$OUT/vimpo STEPS=$STEPS SEED=$SEED LR=$LR bash examples/tiny/run_tiny.sh
 
-stage "4/4 result"
+stage "5/5 result"
 .venv/bin/python examples/tiny/report.py --runs grpo="$OUT/grpo" vimpo="$OUT/vimpo" --png "$OUT/curves.png"
 printf 'Done in %d s.\n' $((SECONDS - started))

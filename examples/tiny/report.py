@@ -88,7 +88,7 @@ def plot(runs: list[Run], path: Path) -> None:
     axes.set(xlabel="step", ylabel="share of sampled answers that are right", ylim=(0, 1))
     axes.set_title("Running sums modulo 10, a Qwen3 of 0.1 million parameters, verl on a CPU", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="upper left", frameon=False)
     figure.savefig(path, dpi=150)
 
 

@@ -57,13 +57,8 @@ TMPDIR=$(mktemp -d /tmp/vimpo.XXXXXX)
 export TMPDIR
 trap 'rm -rf "$TMPDIR"' EXIT
 
-# ------------------------------------------------------------------ data and model, if missing
-if [[ ! -f $WORK/data/test.parquet ]]; then
-    "$PYTHON" "$HERE/make_data.py" --out "$WORK/data"
-fi
-if [[ ! -f $WORK/model/tokenizer.json ]]; then
-    "$PYTHON" "$HERE/make_model.py" --out "$WORK/model"
-fi
+PYTHON=$PYTHON bash "$HERE/prepare.sh" "$WORK"
+WORK=$(cd "$WORK" && pwd)
 
 # ------------------------------------------------------------------ verl
 DATA=(
