@@ -203,7 +203,7 @@ def _load_local(name: str, files: list[Path]) -> Any:
 
     try:
         return datasets.load_dataset(
-            _FORMATS[files[0].suffix], data_files={"all": [str(file) for file in files]}, split="all"
+            _FORMATS[files[0].suffix], data_files={"rows": [str(file) for file in files]}, split="rows"
         )
     except Exception as error:
         raise DataError(f"{name}: {', '.join(map(str, files))} cannot be read: {type(error).__name__}: {error}") from error
@@ -262,7 +262,7 @@ def _recipe(source: Source, files: dict[str, list[Path]], limit: int | None, dro
         "format_version": _FORMAT_VERSION,
         "hub": source.hub,
         "parts": [_part(*part) for part in source.parts],
-        "files_sha256": {file.name: _sha256(file) for part in files.values() for file in part},
+        "files_sha256": {f"{file.parent.name}/{file.name}": _sha256(file) for part in files.values() for file in part},
         "instruction": INSTRUCTION,
         "limit": limit,
         "drop_bad_rows": drop_bad_rows,

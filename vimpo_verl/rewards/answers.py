@@ -6,7 +6,7 @@ Everything here takes time linear in the text, whatever the text. Imports the st
 import re
 
 EQUAL, DIFFERENT, NOTHING_FOUND = "equal", "different", "no answer found"  # verdicts, here and in the checker
-MAX_ANSWER = 1_000  # characters; no data set named in examples/math/prepare_data.py has a longer one
+MAX_ANSWER = 1_000  # characters; examples/math/prepare_data.py lets no longer one into the data
 MAX_TAIL = 2_000  # characters at the end of a response without a box in which an answer is looked for
 _MAX_BOXES = 16  # boxes, from the end, that are tried before giving up on unclosed ones
 
