@@ -44,6 +44,7 @@ class Setting:
     dtype: str = "fp32"
     sp_size: int = 1
     use_fused_kernels: bool = False
+    lora_rank: int = 0
     # What does change the result:
     temperature: float = 1.0
     mini_batches: int = 1
@@ -147,6 +148,8 @@ def make_worker(worker_cls, path: Path, setting: Setting, forward_only: bool):
                 use_remove_padding=setting.use_remove_padding,
                 use_fused_kernels=setting.use_fused_kernels,
                 fused_kernel_options={"impl_backend": "torch"},
+                lora_rank=0 if forward_only else setting.lora_rank,
+                target_modules="all-linear",
                 enable_gradient_checkpointing=setting.gradient_checkpointing,
                 override_config={"attn_implementation": attention},
             ),
@@ -188,12 +191,16 @@ def make_workers(models: Path, setting: Setting) -> Workers:
     from verl.workers.config import FSDPActorConfig
     from verl.workers.engine_workers import TrainingWorker
     from verl.workers.utils.losses import ppo_loss
+    from verl_patches.lora_reference import AdaptersOff
     from verl_patches.policy_loss_config import VimpoPolicyLossConfig
     from verl_patches.worker import VimpoTrainingWorker
 
     actor = make_worker(VimpoTrainingWorker, models / "policy", setting, forward_only=False)
-    ref_path = models / ("policy" if setting.equal_models else "ref")
-    ref = make_worker(TrainingWorker, ref_path, setting, forward_only=True)
+    if setting.lora_rank:
+        ref = AdaptersOff(actor)
+    else:
+        ref_path = models / ("policy" if setting.equal_models else "ref")
+        ref = make_worker(TrainingWorker, ref_path, setting, forward_only=True)
     actor_config = FSDPActorConfig(
         strategy=setting.strategy,
         rollout_n=2,
@@ -357,13 +364,17 @@ class recorded_gradients:
         step = self.engine.optimizer_step
 
         def optimizer_step():
-            self.into.append(_full(self.engine, lambda parameter: parameter.grad))
+            self.into.append(_full(self.engine, _gradient))
             return step()
 
         self.engine.optimizer_step = optimizer_step
 
     def __exit__(self, *_):
         del self.engine.optimizer_step
+
+
+def _gradient(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # None: frozen, under LoRA
 
 
 def parameters_of(engine) -> dict[str, torch.Tensor]:

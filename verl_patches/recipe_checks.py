@@ -137,12 +137,17 @@ def sequence_parallel_size(role: Any) -> int:
 
 def _model(config: Any) -> Iterator[str]:
     model = config.actor_rollout_ref.model
-    rank = (model.get("lora") or {}).get("rank", 0) or model.get("lora_rank", 0)
-    if rank > 0 or model.get("lora_adapter_path") is not None:
+    if has_lora(model) and model.get("use_fused_kernels", False):
         yield (
-            "actor_rollout_ref.model.lora_rank: LoRA is not supported yet; write actor_rollout_ref.model.lora_rank=0 "
-            "and remove lora_adapter_path"
+            "actor_rollout_ref.model.use_fused_kernels=True with LoRA: the reference is the policy with its adapters off "
+            "and cannot run inside the policy's own forward; write actor_rollout_ref.model.use_fused_kernels=False"
         )
+
+
+def has_lora(model: Any) -> bool:
+    """Whether verl's model section asks for LoRA adapters."""
+    rank = (model.get("lora") or {}).get("rank", 0) or model.get("lora_rank", 0)
+    return rank > 0 or model.get("lora_adapter_path") is not None
 
 
 def _losses(config: Any) -> Iterator[str]:

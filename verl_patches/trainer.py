@@ -56,11 +56,12 @@ class VimpoTrainer:
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
-        if Role.ActorRolloutRef not in self.role_worker_mapping:
+        hybrid = {Role.ActorRolloutRef, Role.ActorRollout} & self.role_worker_mapping.keys()  # the latter with LoRA
+        if len(hybrid) != 1:
             raise RuntimeError(
                 f"VIMPO needs one worker with policy and reference; verl chose {list(self.role_worker_mapping)}"
             )
-        self.role_worker_mapping[Role.ActorRolloutRef] = ray.remote(VimpoActorRolloutRefWorker)
+        self.role_worker_mapping[hybrid.pop()] = ray.remote(VimpoActorRolloutRefWorker)
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Bookkeeping only: the joint pass under _compute_old_log_prob has already found everything."""
@@ -72,7 +73,7 @@ class VimpoTrainer:
         mask = data["response_mask"]
         ref_log_prob = response_from_nested(data["ref_log_probs"], mask)
         token_kl = response_from_nested(data["token_kl"], mask)
-        _require_sound(batch.keys, mask, ref_log_prob=ref_log_prob, token_kl=token_kl)
+        _require_sound(batch.keys, mask, self.global_steps, ref_log_prob=ref_log_prob, token_kl=token_kl)
         is_real = torch.tensor([not is_padding for is_padding in _is_padding(batch)], dtype=torch.float32)
         fields = {"ref_log_prob": ref_log_prob, "token_kl": token_kl, IS_REAL: is_real}
         tq.kv_batch_put(
@@ -122,12 +123,13 @@ def _is_padding(batch: KVBatchMeta) -> list[bool]:
     return [bool(tag.get("is_padding", False)) for tag in batch.tags]
 
 
-def _require_sound(keys: list[str], response_mask: torch.Tensor, **per_token: torch.Tensor) -> None:
+def _require_sound(keys: list[str], response_mask: torch.Tensor, step: int, **per_token: torch.Tensor) -> None:
     """A non-finite value on a valid token is a fault to report, not to hide.
 
     Args:
         keys: verl's name of each sample.
         response_mask, per_token: nested [B, response].
+        step: verl's global step, for the message.
 
     Raises:
         FloatingPointError: naming the quantity, the sample and the token.
@@ -139,7 +141,7 @@ def _require_sound(keys: list[str], response_mask: torch.Tensor, **per_token: to
             position = bad[0].item()
             sample = int(torch.searchsorted(tensor.offsets(), position, right=True)) - 1
             raise FloatingPointError(
-                f"{name} is {tensor.values()[position].item()} at response token "
+                f"step {step}: {name} is {tensor.values()[position].item()} at response token "
                 f"{position - int(tensor.offsets()[sample])} of sample {keys[sample]} ({len(bad)} such tokens in the "
                 "batch): the policy's or the reference's logits are not finite there"
             )

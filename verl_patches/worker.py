@@ -16,6 +16,7 @@ from verl.utils.profiler import DistProfiler
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl_patches.fused_head import fused_heads
 from verl_patches.joint_pass import joint_infer_batch
+from verl_patches.lora_reference import AdaptersOff
 from verl_patches.value_branch import IS_REAL, NUM_SEQUENCES, VimpoLoss
 from vimpo_verl.config import VimpoConfig
 
@@ -23,12 +24,12 @@ from vimpo_verl.config import VimpoConfig
 class VimpoTrainingWorker(TrainingWorker):
     """verl's worker of the policy, with VIMPO's loss."""
 
-    def use_vimpo_loss(self, knobs: VimpoConfig, reference: TrainingWorker) -> None:
+    def use_vimpo_loss(self, knobs: VimpoConfig, reference: TrainingWorker | AdaptersOff) -> None:
         """Add L_V to the loss function that verl has set.
 
         Args:
             knobs: VIMPO's configuration.
-            reference: verl's worker of the reference; with kappa_policy=current it runs in every update.
+            reference: the reference; with kappa_policy=current it runs in every update.
         """
         self.reference = reference
         self.kappa_in_update = knobs.kappa_policy == "current" and knobs.kl_estimator == "exact"
@@ -73,15 +74,22 @@ class VimpoActorRolloutRefWorker(ActorRolloutRefWorker):
         """Build the models as verl does, then give the actor VIMPO's loss.
 
         Raises:
-            RuntimeError: the worker has no reference model.
+            RuntimeError: the worker has no reference.
         """
         super().init_model()
-        if self.ref is None:
-            raise RuntimeError(
-                f"VIMPO needs the reference model in the worker of the policy, but this worker's role is {self.role!r}"
-            )
         self.knobs = omega_conf_to_dataclass(self.config.actor.policy_loss).vimpo
-        self.actor.use_vimpo_loss(self.knobs, self.ref)
+        self.reference = self._find_reference()
+        self.actor.use_vimpo_loss(self.knobs, self.reference)
+
+    def _find_reference(self) -> TrainingWorker | AdaptersOff:
+        if self.ref is not None:
+            return self.ref
+        if self.actor.model_config.lora_rank > 0 or self.actor.model_config.lora_adapter_path:
+            return AdaptersOff(self.actor)
+        raise RuntimeError(
+            f"VIMPO needs the reference model in the worker of the policy, but this worker's role is {self.role!r} and "
+            "the policy has no LoRA adapters to switch off"
+        )
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     @DistProfiler.annotate(color="blue", role="actor_compute_log_prob")
@@ -91,5 +99,5 @@ class VimpoActorRolloutRefWorker(ActorRolloutRefWorker):
         Returns:
             verl's output, with `ref_log_probs` and `token_kl` beside `log_probs` and `entropy`.
         """
-        output = joint_infer_batch(self.actor, self.ref, data, self.knobs.kl_estimator)
+        output = joint_infer_batch(self.actor, self.reference, data, self.knobs.kl_estimator)
         return output.cpu() if output is not None else None

@@ -1,0 +1,39 @@
+"""Seam: with LoRA the reference is the policy's own base model, the adapters switched off.
+
+Touches verl's FSDPEngine.disable_adapter, as verl's own reference pass with LoRA does (`ref_in_actor`). Checked against verl
+0.9.1; no upstream issue. Not with fused kernels: there the reference runs inside the policy's forward, which cannot have its
+adapters on and off at once.
+"""
+
+import contextlib
+from typing import Any
+
+from tensordict import TensorDict
+
+
+class AdaptersOff:
+    """Stands where a worker of a separate reference would: `engine` is the policy's, with its adapters off.
+
+    Args:
+        actor: verl's TrainingWorker of a policy with LoRA adapters.
+    """
+
+    def __init__(self, actor: Any):
+        self.engine = _EngineWithAdaptersOff(actor.engine)
+
+
+class _EngineWithAdaptersOff:
+    """The part of an engine's interface that joint pass and update use of the reference."""
+
+    def __init__(self, engine: Any):
+        self._engine = engine
+
+    def eval_mode(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()  # the policy's engine is in a mode of its own already
+
+    def prepare_model_inputs(self, micro_batch: TensorDict):
+        return self._engine.prepare_model_inputs(micro_batch=micro_batch)
+
+    def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool):
+        with self._engine.disable_adapter():
+            return self._engine.forward_step(micro_batch, loss_function=loss_function, forward_only=forward_only)
