@@ -131,7 +131,6 @@ REFUSED = {
     "trainer.v1.trainer_mode=separate_async": "trainer.v1.trainer_mode=sync",
     "actor_rollout_ref.actor.strategy=megatron": "actor_rollout_ref.actor.strategy=fsdp2",
     "actor_rollout_ref.actor.policy_loss.loss_mode=gspo": "remove actor_rollout_ref.actor.policy_loss.loss_mode",
-    "actor_rollout_ref.model.lora_rank=8": "actor_rollout_ref.model.lora_rank=0",
     "actor_rollout_ref.ref.strategy=fsdp2": "remove actor_rollout_ref.ref.strategy",
     "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size=2": "remove it",
     "actor_rollout_ref.actor.fsdp_config.pad_to_length=True": "pad_to_length=False",
