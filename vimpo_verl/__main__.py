@@ -3,17 +3,23 @@
 import argparse
 from collections.abc import Sequence
 
+from vimpo_verl.compare import command
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns its exit status."""
     parser = argparse.ArgumentParser(prog="vimpo", description="VIMPO (arXiv 2606.20008) as an add-on to verl.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check", help="say whether algorithm.adv_estimator=vimpo would work in this environment")
+    comparing = commands.add_parser("compare", help="compare runs: a table and plots, by step, tokens and wall-clock")
+    command.add_arguments(comparing)
     arguments = parser.parse_args(argv)
     if arguments.command == "check":
         from vimpo_verl import check
 
         return check.main()
+    if arguments.command == "compare":
+        return command.main(arguments)
     parser.error(f"unknown command {arguments.command}")
 
 
