@@ -184,23 +184,28 @@ def _read_tensorboard(files: list[Path], problems: list[str]) -> Iterator[Record
         problems.append(f"{files[0].name}: TensorBoard is not installed here: pip install tensorboard")
         return
     for file in files:
-        read, size = _whole_records(file), file.stat().st_size
-        if read < size:  # TensorBoard's own reader stops there without a word
-            problems.append(f"{file.name}: damaged or cut off: {read} of {size} bytes are readable")
+        loaded = 0
         for event in LegacyEventFileLoader(str(file)).Load():
+            loaded += 1
             for value in event.summary.value:
                 if value.HasField("simple_value"):
                     yield event.step, {value.tag: value.simple_value}
+        whole, cut_off = _records_of(file)
+        if loaded < whole or cut_off:  # TensorBoard's own reader stops there without a word
+            problems.append(f"{file.name}: damaged or cut off after event {loaded}")
 
 
-def _whole_records(file: Path) -> int:
-    """Bytes up to the end of the last whole record. A record is its length in 8 bytes, 4 of checksum, itself, 4 of checksum."""
-    position, size = 0, file.stat().st_size
+def _records_of(file: Path) -> tuple[int, bool]:
+    """How many whole records there are, by their lengths, and whether something follows the last.
+
+    A record is its length in 8 bytes, 4 of checksum, itself, 4 of checksum.
+    """
+    position, count, size = 0, 0, file.stat().st_size
     with file.open("rb") as content:
         while position + 12 <= size:
             content.seek(position)
             end = position + 16 + struct.unpack("<Q", content.read(8))[0]
             if end > size:
                 break
-            position = end
-    return position
+            position, count = end, count + 1
+    return count, position < size
