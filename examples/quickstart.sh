@@ -4,11 +4,21 @@
 #   bash examples/quickstart.sh
 #
 # Makes .venv, a tiny model and its task, trains the model with each algorithm, and ends with a table and a picture.
+#
+# The learning rate is the same for both, from a sweep over the same rates and seeds for both (examples/tiny/choose_lr.py,
+# 40 steps, accuracy at the end as the mean over three seeds):
+#
+#     rate     3e-4   6e-4   1e-3   1.5e-3
+#     GRPO     0.53   0.65   0.76   0.79
+#     VIMPO    0.54   0.69   0.78   0.63 (one seed of three fell back to 0.27)
+#
+# 1e-3 is the largest at which every seed of both goes well; GRPO alone would gain a little from 1.5e-3. At 2e-3 two of
+# GRPO's three seeds end at 0.
 
 set -euo pipefail
 
 #################### settings of the user, by environment variable ####################
-STEPS=${STEPS:-40}                 # training steps of each run
+STEPS=${STEPS:-36}                 # training steps of each run
 LR=${LR:-1e-3}                     # learning rate of both
 SEED=${SEED:-1}
 OUT=${OUT:-outputs/quickstart}
