@@ -10,7 +10,7 @@
 #
 #     rate     3e-4   6e-4   1e-3   1.5e-3
 #     GRPO     0.53   0.65   0.76   0.79
-#     VIMPO    0.54   0.69   0.78   0.63 (one seed of three fell back to 0.27)
+#     VIMPO    0.54   0.69   0.78   0.63 (one seed of three ended at 0.27)
 #
 # 1e-3 is the largest at which every seed of both goes well; GRPO alone would gain a little from 1.5e-3. At 2e-3 two of
 # GRPO's three seeds end at 0.
