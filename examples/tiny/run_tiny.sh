@@ -16,6 +16,7 @@ SEED=${SEED:-1}                     # order of the prompts and sampling
 LR=${LR:-1e-3}
 PROMPTS=${PROMPTS:-32}              # prompts a step, one mini-batch: strictly on-policy
 RESPONSES=${RESPONSES:-8}           # responses a prompt
+MICRO_BATCH=${MICRO_BATCH:-}        # sequences a rank takes at a time; all of its share if not given
 STRATEGY=${STRATEGY:-fsdp2}         # fsdp2 or fsdp
 RANKS=${RANKS:-1}                   # data-parallel ranks (and vLLM replicas)
 DEVICE=${DEVICE:-}                  # cpu or cuda; empty: what .venv was made for (cuda has not been run yet)
@@ -47,6 +48,8 @@ export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 V
 export VLLM_HOST_IP=127.0.0.1 GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0               # despite the name: Ray stays on the loopback address
 unset RAY_ADDRESS                                        # a cluster of our own, whatever else runs here
+
+MICRO_BATCH=${MICRO_BATCH:-$((PROMPTS * RESPONSES / RANKS))}
 
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
