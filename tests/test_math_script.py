@@ -142,7 +142,7 @@ def test_paths_are_absolute(python_stub):
     assert config.trainer.default_local_dir == f"{here}/results/checkpoints"
     env_vars = config.ray_kwargs.ray_init.runtime_env.env_vars
     assert env_vars.VERL_FILE_LOGGER_PATH == f"{here}/results/metrics.jsonl"
-    assert config.reward.custom_reward_function.path == str(ROOT / "vimpo_verl/rewards/math.py")
+    assert config.reward.custom_reward_function.path == "pkg://vimpo_verl.rewards.math"
 
 
 def test_runs_of_different_settings_have_different_folders(python_stub):

@@ -144,7 +144,7 @@ ROLLOUT=(
     actor_rollout_ref.rollout.val_kwargs.n="$VAL_RESPONSES"
 )
 REWARD=(
-    reward.custom_reward_function.path="$ROOT/vimpo_verl/rewards/math.py"
+    reward.custom_reward_function.path=pkg://vimpo_verl.rewards.math
     reward.custom_reward_function.name=compute_score
 )
 ALGORITHM+=(
