@@ -16,7 +16,7 @@ SEED=${SEED:-1}                     # order of the prompts and sampling
 LR=${LR:-1e-3}
 PROMPTS=${PROMPTS:-32}              # prompts a step, one mini-batch: strictly on-policy
 RESPONSES=${RESPONSES:-8}           # responses a prompt
-MICRO_BATCH=${MICRO_BATCH:-}        # sequences a rank takes at a time; all of its share if not given
+MICRO_BATCH=${MICRO_BATCH:-}        # sequences a rank takes at a time; empty: 64, or its share of the batch if less
 STRATEGY=${STRATEGY:-fsdp2}         # fsdp2 or fsdp
 RANKS=${RANKS:-1}                   # data-parallel ranks (and vLLM replicas)
 DEVICE=${DEVICE:-}                  # cpu or cuda; empty: what .venv was made for (cuda has not been run yet)
@@ -49,7 +49,8 @@ export VLLM_HOST_IP=127.0.0.1 GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0               # despite the name: Ray stays on the loopback address
 unset RAY_ADDRESS                                        # a cluster of our own, whatever else runs here
 
-MICRO_BATCH=${MICRO_BATCH:-$((PROMPTS * RESPONSES / RANKS))}
+share=$((PROMPTS * RESPONSES / RANKS))
+MICRO_BATCH=${MICRO_BATCH:-$((share < 64 ? share : 64))}
 
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
@@ -87,7 +88,7 @@ ACTOR=(
     actor_rollout_ref.actor.optim.zero_indexed_step=False  # schedule would begin with a step at learning rate 0
     actor_rollout_ref.actor.optim.weight_decay=0.0
     actor_rollout_ref.actor.ppo_mini_batch_size="$PROMPTS"
-    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=64
+    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu="$MICRO_BATCH"
     actor_rollout_ref.actor.use_kl_loss=False
     actor_rollout_ref.actor.entropy_coeff=0
     actor_rollout_ref.actor.use_torch_compile=False
@@ -97,7 +98,7 @@ ACTOR=(
     +actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32
 )
 REF=(
-    actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=64
+    actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu="$MICRO_BATCH"
     actor_rollout_ref.ref.use_torch_compile=False
     actor_rollout_ref.ref.fsdp_config.use_torch_compile=False
     actor_rollout_ref.ref.fsdp_config.dtype=float32
@@ -108,7 +109,7 @@ ROLLOUT=(
     actor_rollout_ref.rollout.n="$RESPONSES"
     actor_rollout_ref.rollout.seed="$SEED"
     actor_rollout_ref.rollout.tensor_model_parallel_size=1
-    actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=64
+    actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu="$MICRO_BATCH"
     actor_rollout_ref.rollout.enforce_eager=True
     actor_rollout_ref.rollout.max_model_len=128
     actor_rollout_ref.rollout.max_num_batched_tokens=2048
