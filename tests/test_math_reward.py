@@ -130,14 +130,20 @@ def test_wrong(gold, response):
     assert score(gold, response) == 0.0
 
 
-@pytest.mark.parametrize(("gold", "response"), [case for case in RIGHT + WRONG if "boxed{" in case[1]][:30])
+# Where math-verify decides otherwise: a thin space in a number, a full stop in the box, a word of the same letters.
+OTHERWISE = {r"\boxed{12\,000}", r"\boxed{tuesday.}", r"\boxed{seat}"}
+
+
+@pytest.mark.parametrize(("gold", "response"), [case for case in RIGHT + WRONG if "boxed{" in case[1]])
 def test_agrees_with_math_verify_where_that_reads_the_answer(gold, response):
     """math-verify in this thread, with its own extraction; it reads no percentages here, and joins several boxes."""
     from math_verify import parse, verify
 
     if response.count("boxed") == 1 and "%" not in gold + response:
-        expected = verify(parse(f"\\boxed{{{gold}}}"), parse(response), allow_set_relation_comp=True)
-        assert (score(gold, response) == 1.0) >= expected
+        # Without their time limits, which use the signal that pytest-timeout uses.
+        wanted, found = (parse(text, parsing_timeout=None) for text in (f"\\boxed{{{gold}}}", response))
+        expected = verify(wanted, found, allow_set_relation_comp=True, timeout_seconds=None)
+        assert (score(gold, response) == 1.0) == (expected != (response in OTHERWISE))
 
 
 def test_result_has_what_verl_and_a_reader_want():

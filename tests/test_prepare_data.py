@@ -100,6 +100,20 @@ def test_verl_reads_all_sets_together(written):
             assert row["prompt"][-1]["role"] == "user" and row["prompt"][-1]["content"].count("\\boxed") == 1
 
 
+def test_verls_data_set_reads_all_sets_together(written):
+    from omegaconf import OmegaConf
+
+    from verl.utils.dataset.rl_dataset import RLHFDataset
+
+    files = [str(written / f"{name}.parquet") for name in SOURCES]
+    config = OmegaConf.create({"filter_overlong_prompts": False, "cache_dir": str(written / "cache")})
+    samples = list(RLHFDataset(files, tokenizer=None, config=config))
+    expected = [row for name in SOURCES for row in rows_of(written, name)]
+    assert [sample["raw_prompt"] for sample in samples] == [row["prompt"] for row in expected]
+    assert [sample["index"] for sample in samples] == [row["extra_info"]["index"] for row in expected]
+    assert [sample["data_source"] for sample in samples] == [row["data_source"] for row in expected]
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_reward_takes_the_ground_truth_for_right(written, name):
     from vimpo_verl.rewards.math import compute_score
