@@ -274,6 +274,27 @@ def test_checker_ends_with_its_reader():
     pool.close()
 
 
+def test_checker_that_does_not_start_is_an_error_not_a_wrong_answer(monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    pool = CheckerPool(Limits(processes=1))
+    for _ in range(2):  # the place in the pool is given back
+        with pytest.raises(RuntimeError, match="does not start: exit status 1"):
+            pool.compare("1/2", "0.5", True)
+
+
+def test_missing_math_verify_is_said_when_the_reward_is_loaded(monkeypatch):
+    import importlib.util
+
+    from vimpo_verl.rewards import math
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    source = Path(math.__file__).read_text()
+    with pytest.raises(ImportError, match=r"pip install 'vimpo_verl\[math\]'"):
+        exec(compile(source, math.__file__, "exec"), {"__name__": "loaded_by_verl"})
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_forked_child_does_not_use_its_parents_checkers():
     parent = pool_for(Limits())

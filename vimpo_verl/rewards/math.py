@@ -11,11 +11,15 @@ Needs math-verify: pip install 'vimpo_verl[math]'.
 """
 
 import functools
+import importlib.util
 from typing import Any
 
 from vimpo_verl.rewards import answers
 from vimpo_verl.rewards.answers import EQUAL, NOTHING_FOUND
 from vimpo_verl.rewards.pool import Limits, pool_for
+
+if importlib.util.find_spec("math_verify") is None:  # now, when a reward worker starts, not with the first answer
+    raise ImportError("vimpo_verl.rewards.math needs math-verify, which is not installed: pip install 'vimpo_verl[math]'")
 
 _MAX_GOLD = 10_000  # characters
 
@@ -46,7 +50,7 @@ def compute_score(
 
     Raises:
         ValueError: the ground truth is empty or too long: the data are at fault, not the response.
-        RuntimeError: math-verify is missing.
+        RuntimeError: no checker process can be started.
     """
     gold = _gold(ground_truth, data_source, extra_info)
     box = answers.last_box(solution_str)

@@ -98,8 +98,8 @@ class _Checker:
         if self._receive(_START_SECONDS) != "ready":
             self.kill()
             raise RuntimeError(
-                f"the checker of math answers does not start: {self._last_words()}. Is math-verify installed here? "
-                "pip install 'vimpo_verl[math]'"
+                f"the checker of math answers does not start: {self._last_words()}. Try it: {sys.executable} -m "
+                "vimpo_verl.rewards.checker 3 1024 < /dev/null"
             )
         self.process.stderr.close()  # the checker sends nothing there any more
 
