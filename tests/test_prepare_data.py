@@ -51,7 +51,11 @@ def written(tmp_path_factory) -> Path:
 
 
 QUESTIONS_AND_ANSWERS = {
-    "guru_math": [("What is $3 \\cdot 14$?", "42"), ("What is half of one third?", "\\frac{1}{6}"), ("Solve $x^2=4$ for $x$.", "-2,2")],
+    "guru_math": [
+        ("What is $3 \\cdot 14$?", "42"),
+        ("What is half of one third?", "\\frac{1}{6}"),
+        ("Solve $x^2=4$ for $x$.", "-2,2"),
+    ],
     "dapo_math": [
         ("How many divisors has 12?", "6"),
         ("What is the remainder of $2^{10}$ by 7?", "2"),
