@@ -1,0 +1,161 @@
+"""Accuracy of a model on prepared data sets: generate with vLLM, score with a reward function, estimate, write JSON and a table.
+
+Called by evaluate.sh, which merges a checkpoint first. Writes OUT/responses/<set>.jsonl, one line a response, OUT/results.json and
+OUT/results.md. A set whose responses are there with the same settings is not generated again.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from vimpo_verl.evaluation import summary
+
+SETTINGS = ("model", "n", "temperature", "top_p", "max_tokens", "seed", "limit")  # what responses depend on
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    missing = [str(path) for path in args.data if not path.is_file()]
+    if missing:
+        print(f"evaluate.py: no {', '.join(missing)}: make it with examples/math/prepare_data.py", file=sys.stderr)
+        return 2
+    score = load_function(args.reward)
+    engine = None
+    results: dict[str, dict] = {}
+    for path in args.data:
+        stored = args.out / "responses" / f"{path.stem}.jsonl"
+        rows = stored_responses(stored, settings_of(args))
+        if rows is None:
+            engine = engine or Engine(args)
+            rows = scored(engine.generate(questions_of(path, args.limit)), score)
+            store(stored, settings_of(args), rows)
+        results[path.stem] = summary([(row["preds"], [acc > 0 for acc in row["accs"]]) for row in rows])
+        print(f"{path.stem}: {len(rows)} questions", flush=True)
+    (args.out / "results.json").write_text(json.dumps({"settings": settings_of(args), "results": results}, indent=1))
+    (args.out / "results.md").write_text(table(results))
+    print(table(results))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="a Hugging Face folder or name")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="parquet files of prepare_data.py")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--reward", default="pkg://vimpo_verl.rewards.math", help="pkg://module or a file, with compute_score")
+    parser.add_argument("--n", type=int, default=32, help="samples a question")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--max-tokens", type=int, default=4096)
+    parser.add_argument("--max-prompt-tokens", type=int, default=2048)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, default=None, help="the first LIMIT questions of each set, for a try")
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--engine", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
+    return parser
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """What the responses depend on."""
+    return {name: getattr(args, name) for name in SETTINGS}
+
+
+def load_function(where: str) -> Callable:
+    """compute_score of a module (pkg://...) or a file, as verl's reward.custom_reward_function.path names it."""
+    if where.startswith("pkg://"):
+        return importlib.import_module(where[len("pkg://") :].replace("/", ".")).compute_score
+    spec = importlib.util.spec_from_file_location("custom_reward", where)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.compute_score
+
+
+def questions_of(path: Path, limit: int | None) -> list[dict]:
+    """Rows of a parquet file of verl: data_source, prompt, ground_truth, extra_info."""
+    import pandas
+
+    rows = pandas.read_parquet(path).head(limit).to_dict("records") if limit else pandas.read_parquet(path).to_dict("records")
+    return [
+        {
+            "data_source": row["data_source"],
+            "prompt": [dict(message) for message in row["prompt"]],
+            "ground_truth": row["reward_model"]["ground_truth"],
+            "index": row["extra_info"].get("index"),
+        }
+        for row in rows
+    ]
+
+
+class Engine:
+    """vLLM with the model."""
+
+    def __init__(self, args: argparse.Namespace):
+        from vllm import LLM, SamplingParams
+
+        length = args.max_prompt_tokens + args.max_tokens
+        options = {"max_model_len": length, "tensor_parallel_size": args.tensor_parallel, "seed": args.seed, **args.engine}
+        self.llm = LLM(model=args.model, **options)
+        self.sampling = SamplingParams(
+            n=args.n, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed
+        )
+
+    def generate(self, questions: list[dict]) -> list[dict]:
+        """The questions with "responses", n each. The prompt is what verl makes of it: the model's chat template."""
+        outputs = self.llm.chat([question["prompt"] for question in questions], self.sampling, use_tqdm=True)
+        return [
+            {**question, "responses": [sample.text for sample in output.outputs]}
+            for question, output in zip(questions, outputs, strict=True)
+        ]
+
+
+def scored(questions: list[dict], score: Callable) -> list[dict]:
+    """The questions with "accs" and "preds", one a response. A reward that is a number has the response as its answer."""
+    rows = []
+    for question in questions:
+        results = [
+            score(question["data_source"], response, question["ground_truth"], {"index": question["index"]})
+            for response in question["responses"]
+        ]
+        results = [result if isinstance(result, dict) else {"acc": result} for result in results]
+        accs = [float(result.get("acc", result.get("score"))) for result in results]
+        preds = [str(result.get("pred", response)) for result, response in zip(results, question["responses"], strict=True)]
+        rows.append({**question, "accs": accs, "preds": preds})
+    return rows
+
+
+def store(path: Path, settings: dict, rows: list[dict]) -> None:
+    """First line the settings, then one question a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("w", encoding="utf-8") as file:
+        for record in ({"settings": settings}, *rows):
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    part.rename(path)  # a file that is there is whole
+
+
+def stored_responses(path: Path, settings: dict) -> list[dict] | None:
+    """The questions of an earlier evaluation with the same settings; None if there is none."""
+    if not path.exists():
+        return None
+    first, *rest = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in rest] if json.loads(first) == {"settings": settings} else None
+
+
+def table(results: dict[str, dict]) -> str:
+    """Markdown, in percent, with 95 % intervals over the questions."""
+    names = list(dict.fromkeys(name for result in results.values() for name in result))
+    lines = ["| | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    for data_set, result in results.items():
+        cells = [
+            f"{100 * e['value']:.1f} ({100 * e['low']:.1f} to {100 * e['high']:.1f})" if e else "" for e in (result.get(name) for name in names)
+        ]
+        lines.append(f"| {data_set} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Accuracy of a checkpoint or a model on the math sets: avg@k, pass@k, majority@k with intervals, as JSON and a table.
+#
+#   examples/math/evaluate.sh outputs/math/vimpo-Qwen3-4B-Base-8gpu-seed1              # a run: its last checkpoint
+#   examples/math/evaluate.sh outputs/math/.../checkpoints/global_step_100
+#   examples/math/evaluate.sh Qwen/Qwen3-4B-Base                                       # a model as it is, the starting point
+#
+# Everything after the first argument goes to evaluate.py (--help), after the settings below, so it wins.
+
+set -euo pipefail
+
+#################### settings of the user, by environment variable ####################
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(cd "$HERE/../.." && pwd)
+PYTHON=${PYTHON:-python3}
+DATA=${DATA:-$ROOT/outputs/data}
+SETS=${SETS:-math500 aime2024 aime2025 olympiadbench}
+N=${N:-32}                              # samples a question
+GPUS=${GPUS:-1}                         # tensor parallelism of vLLM
+OUT=${OUT:-}                            # empty: evaluation/ in the checkpoint, or outputs/evaluation/MODEL
+########################################################################################
+
+fail() { echo "evaluate.sh: $*" >&2; exit 2; }
+(($# > 0)) || fail "give a run's folder, a checkpoint (.../global_step_N) or a model"
+model=$1
+shift
+
+if [[ -f $model/checkpoints/latest_checkpointed_iteration.txt ]]; then
+    model=$model/checkpoints/global_step_$(<"$model/checkpoints/latest_checkpointed_iteration.txt")
+fi
+if [[ -d $model/actor ]]; then          # verl's FSDP shards: merged once, by verl's own merger
+    OUT=${OUT:-$model/evaluation}
+    merged=$model/actor/merged
+    if [[ ! -f $merged/config.json ]]; then
+        "$PYTHON" -m verl.model_merger merge --backend fsdp --local_dir "$model/actor" --target_dir "$merged.part"
+        mv "$merged.part" "$merged"     # a folder that is there is whole
+    fi
+    model=$merged
+elif [[ $model == */global_step_* ]]; then
+    fail "no $model/actor: it is no checkpoint of verl"
+fi
+OUT=${OUT:-$ROOT/outputs/evaluation/$(basename "$model")}
+
+files=()
+for name in $SETS; do files+=("$DATA/$name.parquet"); done
+exec "$PYTHON" "$HERE/evaluate.py" --model "$model" --data "${files[@]}" --out "$OUT" --n "$N" --tensor-parallel "$GPUS" "$@"

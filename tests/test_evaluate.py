@@ -1,0 +1,136 @@
+"""vimpo_verl.evaluation and examples/math/evaluate.*, without vLLM.
+
+Claimed: pass@k is unbiased, majority and bootstrap are what they are called; evaluate.sh finds the checkpoint and merges it once;
+responses of other settings are not taken for those asked for. Not claimed here: generation.
+"""
+
+import importlib.util
+import itertools
+import json
+import math
+import os
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vimpo_verl.evaluation import bootstrap, majority, pass_at_k, summary
+
+ROOT = Path(__file__).parent.parent
+
+_spec = importlib.util.spec_from_file_location("evaluate", ROOT / "examples/math/evaluate.py")
+evaluate = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(evaluate)
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
+    for n, k in itertools.product(range(1, 8), range(1, 8)):
+        for right in range(n + 1) if k <= n else ():
+            subsets = list(itertools.combinations([True] * right + [False] * (n - right), k))
+            assert pass_at_k(right, n, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+@pytest.mark.parametrize(("right", "samples", "k"), [(3, 2, 1), (-1, 2, 1), (1, 2, 3), (1, 2, 0)])
+def test_pass_at_k_refuses(right, samples, k):
+    with pytest.raises(ValueError, match="must be in"):
+        pass_at_k(right, samples, k)
+
+
+@pytest.mark.parametrize(
+    ("answers", "right", "expected"),
+    [
+        (["4", "4", "5"], [True, True, False], 1.0),
+        (["4", "5", "5"], [True, False, False], 0.0),
+        (["4", "5"], [True, False], 0.5),
+        (["4", "", "", ""], [True, False, False, False], 1.0),
+        (["", ""], [False, False], 0.0),
+    ],
+)
+def test_majority(answers, right, expected):
+    assert majority(answers, right) == expected
+
+
+def test_bootstrap_covers_as_often_as_it_says():
+    generator = random.Random(0)
+    covered = 0
+    for trial in range(300):
+        values = [float(generator.random() < 0.3) for _ in range(100)]
+        estimate = bootstrap(values, confidence=0.9, resamples=500, seed=trial)
+        assert estimate.low <= estimate.value <= estimate.high
+        covered += estimate.low <= 0.3 <= estimate.high
+    assert abs(covered / 300 - 0.9) < 0.06
+
+
+def test_bootstrap_is_the_same_every_time_and_refuses_nothing():
+    assert bootstrap([0.0, 1.0, 1.0]) == bootstrap([0.0, 1.0, 1.0])
+    with pytest.raises(ValueError, match="no questions"):
+        bootstrap([])
+
+
+def test_summary():
+    questions = [(["a", "a", "b", "c"], [True, True, False, False]), (["x", "y", "y", "y"], [True, False, False, False])]
+    result = summary(questions)
+    assert list(result) == ["avg@4", "pass@1", "pass@2", "pass@4", "majority@4"]
+    assert result["avg@4"]["value"] == result["pass@1"]["value"] == pytest.approx(3 / 8)
+    assert result["pass@2"]["value"] == pytest.approx((1 - 1 / 6 + 0.5) / 2)
+    assert result["majority@4"]["value"] == 0.5
+    with pytest.raises(ValueError, match="same number of samples"):
+        summary([(["a"], [True]), (["a", "b"], [True, False])])
+
+
+def test_scores_of_both_kinds_of_reward_function():
+    question = {"data_source": "s", "ground_truth": "4", "index": 0, "responses": ["4", "5"]}
+    for function in (lambda s, r, g, e: float(r == g), lambda s, r, g, e: {"score": 9, "acc": float(r == g), "pred": r}):
+        (row,) = evaluate.scored([question], function)
+        assert row["accs"] == [1.0, 0.0] and row["preds"] == ["4", "5"]
+
+
+def test_responses_of_other_settings_are_not_taken(tmp_path):
+    rows = [{"accs": [1.0], "preds": ["4"]}]
+    evaluate.store(tmp_path / "a" / "set.jsonl", {"n": 1}, rows)
+    assert evaluate.stored_responses(tmp_path / "a" / "set.jsonl", {"n": 1}) == rows
+    assert evaluate.stored_responses(tmp_path / "a" / "set.jsonl", {"n": 2}) is None
+    assert evaluate.stored_responses(tmp_path / "none.jsonl", {"n": 1}) is None
+
+
+def test_table_and_missing_data(tmp_path, capsys):
+    text = evaluate.table({"aime": summary([(["a", "b"], [True, False])])})
+    assert "| aime | 50.0 (50.0 to 50.0) | 50.0" in text and "majority@2" in text
+    assert evaluate.main(["--model", "m", "--data", str(tmp_path / "aime.parquet"), "--out", str(tmp_path)]) == 2
+    assert "prepare_data.py" in capsys.readouterr().err
+
+
+def test_script_merges_the_last_checkpoint_once(tmp_path):
+    """The interpreter is a stand-in that writes its arguments down and makes what the merger would."""
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/bash\necho "$@" >>"$CALLS"\nwhile (($#)); do [[ $1 == --target_dir ]] && mkdir -p "$2" && touch "$2/config.json"; shift; done; true\n')
+    stub.chmod(0o755)
+    checkpoints = tmp_path / "run/checkpoints"
+    (checkpoints / "global_step_40/actor").mkdir(parents=True)
+    (checkpoints / "global_step_20/actor").mkdir(parents=True)
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("40")
+    env = {**os.environ, "PYTHON": str(stub), "CALLS": str(tmp_path / "calls"), "SETS": "aime2024", "DATA": "/data"}
+    command = ["bash", str(ROOT / "examples/math/evaluate.sh")]
+    for _ in range(2):
+        subprocess.run([*command, str(tmp_path / "run"), "--seed", "3"], env=env, check=True)
+    actor = checkpoints / "global_step_40/actor"
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 3, "one merge, two evaluations"
+    assert calls[0] == f"-m verl.model_merger merge --backend fsdp --local_dir {actor} --target_dir {actor}/merged.part"
+    assert f"--model {actor}/merged --data /data/aime2024.parquet" in calls[1] and calls[1].endswith("--n 32 --tensor-parallel 1 --seed 3")
+    done = subprocess.run([*command, str(checkpoints / "global_step_60")], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "it is no checkpoint of verl" in done.stderr
+
+
+def test_results_are_written_from_stored_responses(tmp_path, capsys):
+    """No engine is made when every response is there."""
+    data = tmp_path / "aime.parquet"
+    data.touch()
+    arguments = ["--model", "m", "--data", str(data), "--out", str(tmp_path), "--n", "2", "--reward", str(ROOT / "examples/tiny/reward.py")]
+    settings = evaluate.settings_of(evaluate._parser().parse_args(arguments))
+    evaluate.store(tmp_path / "responses/aime.jsonl", settings, [{"accs": [1.0, 0.0], "preds": ["4", "5"]}])
+    assert evaluate.main(arguments) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert math.isclose(results["results"]["aime"]["avg@2"]["value"], 0.5) and results["settings"]["n"] == 2
+    assert "| aime |" in (tmp_path / "results.md").read_text() and "| aime |" in capsys.readouterr().out
