@@ -12,8 +12,8 @@
 #     GRPO     0.53   0.65   0.76   0.79
 #     VIMPO    0.54   0.69   0.78   0.63 (one seed of three ended at 0.27)
 #
-# 1e-3 is the largest at which every seed of both goes well; GRPO alone would gain a little from 1.5e-3. At 2e-3 two of
-# GRPO's three seeds end at 0.
+# 1e-3 is the largest at which every seed of both goes well; GRPO alone would gain a little from 1.5e-3. At 2e-3
+# two of GRPO's seeds and all three of VIMPO's end at 0.
 
 set -euo pipefail
 
