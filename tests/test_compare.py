@@ -294,9 +294,26 @@ def test_other_metric_of_the_same_name_gets_no_verdict():
     assert any("kl is not the same metric everywhere" in note for note in comparison.notes)
 
 
-def test_noisy_runs_are_compared_by_their_clean_reward():
-    run = run_of(records(**{"reward_noise/clean_mean": 0.8}))
-    assert row(compare([Side("a", [run])], [STEP]), STEP, "reward")[1].values["a"] == [pytest.approx(0.8)]
+def test_noisy_runs_are_compared_by_their_clean_reward_with_each_other_and_with_clean_ones():
+    noisy = Side("noisy", [run_of(records(**{"reward_noise/clean_mean": clean})) for clean in (0.80, 0.81)])
+    clean = Side("clean", [run_of(records(reward=reward)) for reward in (0.50, 0.51)])
+    reward = row(compare([clean, noisy], [STEP]), STEP, "reward")[1]
+    assert reward.values["noisy"] == pytest.approx([0.80, 0.81])
+    assert reward.differences["noisy"].verdict == OUTSIDE
+
+
+def test_mean_over_sets_of_different_sample_numbers_gets_no_verdict():
+    def side(label, key):
+        extra = {"val-core/aime/acc/mean@32": 0.2, key: 0.5}
+        runs = [run_of([*records(4)[:-1], {"step": 4, "data": {**extra, "critic/score/mean": 0.5}}]) for _ in range(2)]
+        for run in runs:
+            del run.steps[0]["val-core/math500/acc/mean@4"]
+        return Side(label, runs)
+
+    comparison = compare([side("a", "val-core/math500/acc/mean@4"), side("b", "val-core/math500/acc/mean@8")], [STEP])
+    verdicts = {r.quantity.name: r.differences["b"].verdict for r in comparison.tables[0].rows if r.differences["b"]}
+    assert verdicts["validation accuracy"] == verdicts["validation math500"] == OTHER_KEY
+    assert verdicts["validation aime"] == INSIDE
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------------

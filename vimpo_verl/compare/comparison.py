@@ -131,16 +131,21 @@ def _difference(quantity: Quantity, first: Side, other: Side, values: dict[str, 
     if not a or not b:
         return None
     interval = difference_interval(a, b, confidence)
-    if len(_keys(quantity, first) | _keys(quantity, other)) > 1:
+    if not _is_one_metric(quantity, [first, other]):
         return Difference(interval, OTHER_KEY)
     outside = interval.excludes_zero
     return Difference(interval, TOO_FEW if outside is None else OUTSIDE if outside else INSIDE)
 
 
+def _is_one_metric(quantity: Quantity, sides: Sequence[Side]) -> bool:
+    """Whether all runs that have the quantity have the same one."""
+    if quantity.parts:
+        return all(_is_one_metric(part, sides) for part in quantity.parts)
+    return quantity.alike or len(set.union(*(_keys(quantity, side) for side in sides))) <= 1
+
+
 def _keys(quantity: Quantity, side: Side) -> set[str]:
     """verl's names that this side's runs have the quantity under."""
-    if quantity.parts:
-        return {key for part in quantity.parts for run in side.runs if (key := part.key_of(run))}
     return {key for run in side.runs if (key := quantity.key_of(run))}
 
 
@@ -151,7 +156,7 @@ def _notes(quantity: Quantity, sides: Sequence[Side]) -> list[str]:
     keys = {side.label: _keys(quantity, side) for side in sides}
     because = f" ({quantity.note})" if quantity.note else ""
     notes = [f"{quantity.name}: {label} has none{because}" for label, found in keys.items() if not found]
-    if len(set.union(*keys.values())) > 1:
+    if not _is_one_metric(quantity, sides):
         each = "; ".join(f"{label}: {', '.join(sorted(found))}" for label, found in keys.items() if found)
         notes.append(f"{quantity.name} is not the same metric everywhere{because}: {each}")
     for side in sides:

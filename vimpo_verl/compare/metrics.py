@@ -17,12 +17,14 @@ class Quantity:
         name: what the reader sees.
         keys: verl's names for it, the first that a run has is used. Empty for a mean over `parts`.
         parts: quantities whose mean over all of them it is.
+        alike: the keys are one quantity under two names, so that runs with different keys can be compared.
         note: said where a side has another key than the others, or lacks it.
     """
 
     name: str
     keys: tuple[str, ...] = ()
     parts: tuple["Quantity", ...] = ()
+    alike: bool = False
     note: str = ""
 
     def key_of(self, run: RunLog) -> str | None:
@@ -46,7 +48,8 @@ class Quantity:
         return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
 
 
-REWARD = Quantity("reward", ("reward_noise/clean_mean", "critic/score/mean"), note="with reward noise it is the clean one")
+# Without reward noise verl's score is the clean one.
+REWARD = Quantity("reward", ("reward_noise/clean_mean", "critic/score/mean"), alike=True)
 TRAINING = (
     Quantity("kl", ("vimpo/kl", "actor/kl_loss"), note="vimpo/kl is exact, actor/kl_loss verl's estimator; GRPO without a KL loss has neither"),
     Quantity("response length", ("response_length/mean",)),
