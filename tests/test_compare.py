@@ -1,8 +1,8 @@
 """`vimpo compare` on logs written here in verl's three formats, with known values.
 
-Claimed: the three readers agree; what cannot be read is said; runs are aligned by step, tokens and hours as stated; intervals are
-Student's and Welch's; a difference is called outside the seeds' noise when it is and not when it is not; the plots are drawn.
-Not claimed: that a plot is easy to read.
+Claimed: the three readers agree; what cannot be read is said; runs are aligned by step, tokens and hours as stated;
+intervals are Student's and Welch's; a difference is called outside the seeds' noise when it is and not when it is
+not; the plots are drawn. Not claimed: that a plot is easy to read.
 """
 
 import json
@@ -22,7 +22,9 @@ from vimpo_verl.compare.statistics import difference_interval, mean_interval, st
 STEP, TOKENS, HOURS = AXES
 
 
-def records(steps: int = 20, reward: float = 0.5, tokens: float = 1e6, seconds: float = 360.0, **extra: float) -> list[dict]:
+def records(
+    steps: int = 20, reward: float = 0.5, tokens: float = 1e6, seconds: float = 360.0, **extra: float
+) -> list[dict]:
     """What a run logs: validation before training and at its end, rewards that rise to `reward`."""
     found = [{"step": 0, "data": {"val-core/math500/acc/mean@4": 0.1}}]
     for step in range(1, steps + 1):
@@ -50,7 +52,10 @@ def write_console(folder: Path, found: list[dict]) -> Path:
     folder.mkdir(parents=True)
     lines = ["ray init kwargs: step:7 is not a record", "(WorkerDict pid=1) global_step:3 - loading"]
     for record in found:
-        pairs = [f"{key}:np.float64({value!r})" if "val" in key else f"{key}:{value!r}" for key, value in record["data"].items()]
+        pairs = [
+            f"{key}:np.float64({value!r})" if "val" in key else f"{key}:{value!r}"
+            for key, value in record["data"].items()
+        ]
         lines.append(f"\x1b[36m(TaskRunnerV1 pid=9505)\x1b[0m step:{record['step']} - " + " - ".join(pairs))
     (folder / "log.txt").write_text("\n".join(lines))
     return folder
@@ -70,7 +75,7 @@ def write_tensorboard(folder: Path, found: list[dict]) -> Path:
 WRITERS = {"file": write_file, "console": write_console, "tensorboard": write_tensorboard}
 
 
-# ---- reading -------------------------------------------------------------------------------------------------------------
+# ---- reading ----------------------------------------
 
 
 @pytest.mark.parametrize("source", WRITERS)
@@ -81,7 +86,9 @@ def test_every_source_is_read_whole(tmp_path, source):
     assert run.steps.keys() == {record["step"] for record in found}
     for record in found:
         # TensorBoard stores single precision.
-        assert run.steps[record["step"]] == pytest.approx(record["data"], rel=1e-6 if source == "tensorboard" else 1e-15)
+        assert run.steps[record["step"]] == pytest.approx(
+            record["data"], rel=1e-6 if source == "tensorboard" else 1e-15
+        )
 
 
 def test_file_wins_over_tensorboard_and_console(tmp_path):
@@ -124,7 +131,9 @@ def test_what_cannot_be_read_is_said(tmp_path):
 
 
 def test_console_line_that_another_process_wrote_into_is_said(tmp_path):
-    (tmp_path / "run.log").write_text("step:1 - critic/score/mean:0.5 - actor/entropy:0.(Worker) hello - actor/lr:1e-06\n")
+    (tmp_path / "run.log").write_text(
+        "step:1 - critic/score/mean:0.5 - actor/entropy:0.(Worker) hello - actor/lr:1e-06\n"
+    )
     run = read_run(tmp_path)
     assert run.steps == {1: {"critic/score/mean": 0.5, "actor/lr": 1e-6}}
     assert len(run.problems) == 1 and "run.log, line 1" in run.problems[0] and "hello" in run.problems[0]
@@ -145,7 +154,12 @@ def test_damaged_tensorboard_file_is_read_to_the_damage(tmp_path, damage):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist"), ({}, "no metrics*.jsonl"), ({"log.txt": "Traceback"}, "no step of a run in it"), ({"metrics.jsonl": ""}, "no step")],
+    [
+        (None, "does not exist"),
+        ({}, "no metrics*.jsonl"),
+        ({"log.txt": "Traceback"}, "no step of a run in it"),
+        ({"metrics.jsonl": ""}, "no step"),
+    ],
 )
 def test_run_with_nothing_to_compare(tmp_path, content, message):
     run = tmp_path / "run"
@@ -158,7 +172,7 @@ def test_run_with_nothing_to_compare(tmp_path, content, message):
     assert str(run) in str(error.value) and message in str(error.value)
 
 
-# ---- seeds and sides -----------------------------------------------------------------------------------------------------
+# ---- seeds and sides ----------------------------------------
 
 
 def test_runs_of_one_name_are_seeds_of_one_side(tmp_path):
@@ -183,7 +197,7 @@ def test_one_run_is_not_two_seeds(tmp_path):
     assert len(sides[0].runs) == 1 and "named twice" in unreadable[0]
 
 
-# ---- alignment -----------------------------------------------------------------------------------------------------------
+# ---- alignment ----------------------------------------
 
 
 def run_of(found: list[dict], name: str = "run") -> RunLog:
@@ -219,11 +233,17 @@ def test_validation_before_training_is_not_taken_for_the_end():
     comparison = compare([Side("a", [run_of(records(10))]), Side("b", [run_of(records(30))])], [STEP])
     _, validation = row(comparison, STEP, "validation math500")
     assert validation.values == {"a": [0.5], "b": []} and validation.differences["b"] is None
-    assert any("b has no value in the second half" in note and "validation math500" in note for note in comparison.notes)
+    assert any(
+        "b has no value in the second half" in note and "validation math500" in note for note in comparison.notes
+    )
 
 
 def test_mean_over_several_validation_sets():
-    run = run_of(records(4, **{"val-core/aime/acc/mean@32": 0.2, "val-core/aime/acc/mean@8": 0.9, "val-core/math500/acc/mean@4": 0.6}))
+    run = run_of(
+        records(
+            4, **{"val-core/aime/acc/mean@32": 0.2, "val-core/aime/acc/mean@8": 0.9, "val-core/math500/acc/mean@4": 0.6}
+        )
+    )
     run.steps[4]["val-core/math500/acc/mean@4"] = 0.6
     comparison = compare([Side("a", [run])], [STEP])
     assert row(comparison, STEP, "validation aime")[1].values["a"] == [0.2], "of the most samples"
@@ -243,12 +263,20 @@ def test_run_whose_start_is_missing_is_said():
     assert any("starts at step 9" in note for note in compare([Side("a", [run_of(found)])]).notes)
 
 
-# ---- statistics ----------------------------------------------------------------------------------------------------------
+# ---- statistics ----------------------------------------
 
 
 @pytest.mark.parametrize(
     ("probability", "freedom", "expected"),  # tables of Student's t
-    [(0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.975, 4, 2.77645), (0.95, 10, 1.81246), (0.995, 30, 2.75000), (0.975, 1e6, 1.95997), (0.5, 3, 0.0)],
+    [
+        (0.975, 1, 12.7062),
+        (0.975, 2, 4.30265),
+        (0.975, 4, 2.77645),
+        (0.95, 10, 1.81246),
+        (0.995, 30, 2.75000),
+        (0.975, 1e6, 1.95997),
+        (0.5, 3, 0.0),
+    ],
 )
 def test_student_t(probability, freedom, expected):
     assert student_t_quantile(probability, freedom) == pytest.approx(expected, rel=1e-5, abs=1e-9)
@@ -271,11 +299,14 @@ def test_one_seed_has_no_interval():
     assert difference_interval([0.5], [0.6, 0.7], 0.95).excludes_zero is None
 
 
-# ---- verdicts ------------------------------------------------------------------------------------------------------------
+# ---- verdicts ----------------------------------------
 
 
 def verdict(a_rewards, b_rewards, **keys):
-    sides = [Side(label, [run_of(records(reward=reward)) for reward in rewards]) for label, rewards in (("a", a_rewards), ("b", b_rewards))]
+    sides = [
+        Side(label, [run_of(records(reward=reward)) for reward in rewards])
+        for label, rewards in (("a", a_rewards), ("b", b_rewards))
+    ]
     return row(compare(sides, [STEP]), STEP, "reward")[1].differences["b"].verdict
 
 
@@ -316,7 +347,7 @@ def test_mean_over_sets_of_different_sample_numbers_gets_no_verdict():
     assert verdicts["validation aime"] == INSIDE
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------------
+# ---- the command ----------------------------------------
 
 
 def make_runs(folder: Path) -> list[str]:
@@ -332,7 +363,14 @@ def test_command_prints_and_writes_everything(tmp_path, capsys):
     assert main(["compare", *make_runs(tmp_path / "runs"), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert (out / "comparison.md").read_text() in printed
-    for text in ("grpo: 3 runs", "At equal step", "At equal tokens", "At equal hours", "outside the seeds' noise", "nothing: all was read"):
+    for text in (
+        "grpo: 3 runs",
+        "At equal step",
+        "At equal tokens",
+        "At equal hours",
+        "outside the seeds' noise",
+        "nothing: all was read",
+    ):
         assert text in printed
     assert "outcome AUC: grpo has none" in printed
     table = json.loads((out / "comparison.json").read_text())["tables"][0]
@@ -367,7 +405,9 @@ def test_plots_show_every_seed_and_the_mean(tmp_path, monkeypatch):
 
 def test_unreadable_run_is_said_and_the_rest_compared(tmp_path, capsys):
     (run,) = [write_file(tmp_path / "good", records(3))]
-    status = main(["compare", str(run), str(tmp_path / "bad"), "--out", str(tmp_path / "out"), "--no-plots", "--by", "step"])
+    status = main(
+        ["compare", str(run), str(tmp_path / "bad"), "--out", str(tmp_path / "out"), "--no-plots", "--by", "step"]
+    )
     printed = capsys.readouterr().out
     assert status == 1 and f"{tmp_path}/bad does not exist" in printed and "good: 1 run" in printed
     assert "At equal tokens" not in printed and not list((tmp_path / "out").glob("*.png"))

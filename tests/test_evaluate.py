@@ -1,7 +1,7 @@
 """vimpo_verl.evaluation and examples/math/evaluate.*, without vLLM.
 
-Claimed: pass@k is unbiased, majority and bootstrap are what they are called; evaluate.sh finds the checkpoint and merges it once;
-responses of other settings are not taken for those asked for. Not claimed here: generation.
+Claimed: pass@k is unbiased, majority and bootstrap are what they are called; evaluate.sh finds the checkpoint and
+merges it once; responses of other settings are not taken for those asked for. Not claimed here: generation.
 """
 
 import importlib.util
@@ -69,7 +69,10 @@ def test_bootstrap_is_the_same_every_time_and_refuses_nothing():
 
 
 def test_summary():
-    questions = [(["a", "a", "b", "c"], [True, True, False, False]), (["x", "y", "y", "y"], [True, False, False, False])]
+    questions = [
+        (["a", "a", "b", "c"], [True, True, False, False]),
+        (["x", "y", "y", "y"], [True, False, False, False]),
+    ]
     result = summary(questions)
     assert list(result) == ["avg@4", "pass@1", "pass@2", "pass@4", "majority@4"]
     assert result["avg@4"]["value"] == result["pass@1"]["value"] == pytest.approx(3 / 8)
@@ -81,7 +84,10 @@ def test_summary():
 
 def test_scores_of_both_kinds_of_reward_function():
     question = {"data_source": "s", "ground_truth": "4", "index": 0, "responses": ["4", "5"]}
-    for function in (lambda s, r, g, e: float(r == g), lambda s, r, g, e: {"score": 9, "acc": float(r == g), "pred": r}):
+    for function in (
+        lambda s, r, g, e: float(r == g),
+        lambda s, r, g, e: {"score": 9, "acc": float(r == g), "pred": r},
+    ):
         (row,) = evaluate.scored([question], function)
         assert row["accs"] == [1.0, 0.0] and row["preds"] == ["4", "5"]
 
@@ -104,7 +110,9 @@ def test_table_and_missing_data(tmp_path, capsys):
 def test_script_merges_the_last_checkpoint_once(tmp_path):
     """The interpreter is a stand-in that writes its arguments down and makes what the merger would."""
     stub = tmp_path / "python"
-    stub.write_text('#!/bin/bash\necho "$@" >>"$CALLS"\nwhile (($#)); do [[ $1 == --target_dir ]] && mkdir -p "$2" && touch "$2/config.json"; shift; done; true\n')
+    stub.write_text(
+        '#!/bin/bash\necho "$@" >>"$CALLS"\nwhile (($#)); do [[ $1 == --target_dir ]] && mkdir -p "$2" && touch "$2/config.json"; shift; done; true\n'
+    )
     stub.chmod(0o755)
     checkpoints = tmp_path / "run/checkpoints"
     (checkpoints / "global_step_40/actor").mkdir(parents=True)
@@ -118,7 +126,9 @@ def test_script_merges_the_last_checkpoint_once(tmp_path):
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == 3, "one merge, two evaluations"
     assert calls[0] == f"-m verl.model_merger merge --backend fsdp --local_dir {actor} --target_dir {actor}/merged.part"
-    assert f"--model {actor}/merged --data /data/aime2024.parquet" in calls[1] and calls[1].endswith("--n 32 --tensor-parallel 1 --seed 3")
+    assert f"--model {actor}/merged --data /data/aime2024.parquet" in calls[1] and calls[1].endswith(
+        "--n 32 --tensor-parallel 1 --seed 3"
+    )
     done = subprocess.run([*command, str(checkpoints / "global_step_60")], env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "it is no checkpoint of verl" in done.stderr
 
@@ -127,7 +137,18 @@ def test_results_are_written_from_stored_responses(tmp_path, capsys):
     """No engine is made when every response is there."""
     data = tmp_path / "aime.parquet"
     data.touch()
-    arguments = ["--model", "m", "--data", str(data), "--out", str(tmp_path), "--n", "2", "--reward", str(ROOT / "examples/tiny/reward.py")]
+    arguments = [
+        "--model",
+        "m",
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path),
+        "--n",
+        "2",
+        "--reward",
+        str(ROOT / "examples/tiny/reward.py"),
+    ]
     settings = evaluate.settings_of(evaluate._parser().parse_args(arguments))
     evaluate.store(tmp_path / "responses/aime.jsonl", settings, [{"accs": [1.0, 0.0], "preds": ["4", "5"]}])
     assert evaluate.main(arguments) == 0

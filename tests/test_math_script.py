@@ -1,8 +1,9 @@
 """examples/math/run_math.sh: what it hands to verl, by verl's own Hydra configuration and validate_config.
 
-Claimed: for every preset the two algorithms differ in keys under `algorithm.` only and hold the paper's recipe; verl and
-vimpo_verl accept them, or refuse with what verl_patches.recipe_checks says; variables and trailing overrides win; nothing starts
-in a dry run; a resumed run keeps the metrics of the earlier one. Not claimed: that a preset's memory settings fit a GPU.
+Claimed: for every preset the two algorithms differ in keys under `algorithm.` only and hold the paper's recipe; verl
+and vimpo_verl accept them, or refuse with what verl_patches.recipe_checks says; variables and trailing overrides
+win; nothing starts in a dry run; a resumed run keeps the metrics of the earlier one. Not claimed: that a preset's
+memory settings fit a GPU.
 """
 
 import importlib.util
@@ -51,7 +52,9 @@ def python_stub(tmp_path):
     return stub
 
 
-def run(stub: Path, *overrides: str, check: bool = True, **settings: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+def run(
+    stub: Path, *overrides: str, check: bool = True, **settings: str
+) -> tuple[subprocess.CompletedProcess, list[str]]:
     """The script's end and the arguments that the interpreter got."""
     output = stub.parent / "arguments"
     output.unlink(missing_ok=True)
@@ -88,7 +91,11 @@ def test_algorithms_differ_in_algorithm_keys_only(python_stub, preset, noise):
     vimpo, grpo = (flat(config_of(python_stub, ALGO=algo, PRESET=preset, REWARD_NOISE=noise)) for algo in ALGORITHMS)
     different = {key for key in vimpo.keys() | grpo.keys() if vimpo.get(key) != grpo.get(key)}
     assert different == {"algorithm.adv_estimator", "algorithm.vimpo.actor_coeff", "algorithm.vimpo.actor_trust"}
-    assert vimpo.get("algorithm.reward_noise.flip_prob", 0) == grpo.get("algorithm.reward_noise.flip_prob", 0) == float(noise)
+    assert (
+        vimpo.get("algorithm.reward_noise.flip_prob", 0)
+        == grpo.get("algorithm.reward_noise.flip_prob", 0)
+        == float(noise)
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -106,6 +113,7 @@ def test_recipe_is_the_papers(python_stub, preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_verl_accepts_every_preset(python_stub, preset, algo):
     import verl.trainer.main_ppo  # noqa: F401  loads the plugin and what it wraps
+
     from verl_patches import recipe_checks
 
     config = config_of(python_stub, ALGO=algo, PRESET=preset)
@@ -129,7 +137,9 @@ def test_presets_are_what_they_are_called(python_stub):
 
 
 def test_variables_win_over_presets_and_overrides_over_both(python_stub):
-    config = config_of(python_stub, "data.train_batch_size=48", PRESET="1gpu", MODEL="some/model", GPUS="2", PROMPTS="64")
+    config = config_of(
+        python_stub, "data.train_batch_size=48", PRESET="1gpu", MODEL="some/model", GPUS="2", PROMPTS="64"
+    )
     assert config.actor_rollout_ref.model.path == "some/model"
     assert config.trainer.n_gpus_per_node == 2
     assert (config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size) == (48, 64)

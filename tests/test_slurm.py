@@ -1,8 +1,10 @@
-"""examples/slurm/train.sbatch with stand-ins for srun, scontrol and Ray (tests/slurm_stub), and its Ray step with the real Ray.
+"""examples/slurm/train.sbatch with stand-ins for srun, scontrol and Ray (tests/slurm_stub), and its Ray step with the
+real Ray.
 
-Claimed: the cluster is started node by node, the run starts when all have joined and its exit status is the job's; a node that
-never joins, a run that fails, a node that dies, the time limit and an end from outside have the stated outcomes; every step that
-was started is ended and nothing else. Not claimed: what a real Slurm does with the options that are handed to it.
+Claimed: the cluster is started node by node, the run starts when all have joined and its exit status is the job's; a
+node that never joins, a run that fails, a node that dies, the time limit and an end from outside have the stated
+outcomes; every step that was started is ended and nothing else. Not claimed: what a real Slurm does with the options
+that are handed to it.
 """
 
 import os
@@ -21,7 +23,9 @@ STUB = Path(__file__).parent / "slurm_stub"
 
 pytestmark = pytest.mark.timeout(120)
 
-RUN_WRITES_ITS_SETTINGS = 'echo "$RAY_ADDRESS $NNODES $GPUS seed=$SEED $*" >"$FAKE/run"; ls "$FAKE/joined" >"$FAKE/nodes_of_run"\n'
+RUN_WRITES_ITS_SETTINGS = (
+    'echo "$RAY_ADDRESS $NNODES $GPUS seed=$SEED $*" >"$FAKE/run"; ls "$FAKE/joined" >"$FAKE/nodes_of_run"\n'
+)
 
 
 class Job:
@@ -183,7 +187,9 @@ def test_run_that_fails_because_of_a_node_that_only_ray_misses_is_requeued(tmp_p
 
 
 def test_restarts_are_limited(tmp_path):
-    job = Job(tmp_path, "node1,node2", 'touch "$FAKE/kill/node2"; exec sleep 1000', SLURM_RESTART_COUNT="2", MAX_RESTARTS="2")
+    job = Job(
+        tmp_path, "node1,node2", 'touch "$FAKE/kill/node2"; exec sleep 1000', SLURM_RESTART_COUNT="2", MAX_RESTARTS="2"
+    )
     status, output = job.finish()
     assert status == 70 and "not requeued" in output
     assert job.read("requeued") == ""
@@ -191,7 +197,11 @@ def test_restarts_are_limited(tmp_path):
 
 @pytest.mark.parametrize(("sent", "requeued"), [(signal.SIGUSR1, "4711\n"), (signal.SIGTERM, "")])
 def test_time_limit_requeues_and_an_end_from_outside_does_not(tmp_path, sent, requeued):
-    job = Job(tmp_path, "node1,node2", 'trap "touch $FAKE/asked_to_end; exit 0" TERM; touch "$FAKE/run"; while true; do sleep 0.1; done')
+    job = Job(
+        tmp_path,
+        "node1,node2",
+        'trap "touch $FAKE/asked_to_end; exit 0" TERM; touch "$FAKE/run"; while true; do sleep 0.1; done',
+    )
     process = job.start()
     job.wait_for("run")
     process.send_signal(sent)
@@ -204,7 +214,9 @@ def test_time_limit_requeues_and_an_end_from_outside_does_not(tmp_path, sent, re
 
 def test_processes_of_others_are_left_alone(tmp_path):
     """A Ray of somebody else, and a python, by name and command line like ours."""
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)", "ray", "start", "raylet", "gcs_server"])
+    other = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(100)", "ray", "start", "raylet", "gcs_server"]
+    )
     try:
         assert Job(tmp_path, "node1,node2", 'touch "$FAKE/kill/node2"; exec sleep 1000').finish()[0] == 70
         assert other.poll() is None

@@ -20,16 +20,30 @@ def messages() -> list[str]:
 @pytest.fixture(scope="module")
 def sources() -> str:
     """Our code, and verl's that checks or trains, with string literals that run over several lines joined."""
-    ours = [path for folder in ("vimpo_verl", "verl_patches", "examples") for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh", ".sbatch")]
+    ours = [
+        path
+        for folder in ("vimpo_verl", "verl_patches", "examples")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".sh", ".sbatch")
+    ]
     verl_root = Path(verl.__file__).parent
-    theirs = [path for folder in ("trainer/ppo", "utils", "workers/config", "single_controller") for path in (verl_root / folder).rglob("*.py")]
+    theirs = [
+        path
+        for folder in ("trainer/ppo", "utils", "workers/config", "single_controller")
+        for path in (verl_root / folder).rglob("*.py")
+    ]
     text = "\n".join(path.read_text(errors="replace") for path in [*ours, *theirs])
     return re.sub(r'"\s*\n\s*f?"', "", text)
 
 
 def fragments(message: str) -> list[str]:
     """The parts of a message that are the same every time, without the values in it."""
-    message = message.replace("'vimpo'", "...").replace(": vimpo", ": ...").replace("GPUs 0", "GPUs ...").replace("GPUs 8", "GPUs ...")
+    message = (
+        message.replace("'vimpo'", "...")
+        .replace(": vimpo", ": ...")
+        .replace("GPUs 0", "GPUs ...")
+        .replace("GPUs 8", "GPUs ...")
+    )
     message = re.sub(r"/guru_math\.parquet|algorithm\.reward_noise: ", "...", message).replace("actor.ppo", "...ppo")
     return [part.strip(" ():'\"`=") for part in message.split("...") if len(part.strip(" ():'\"`=")) > 3]
 

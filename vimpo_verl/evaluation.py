@@ -1,4 +1,5 @@
-"""Accuracy from several samples a question: avg@k, pass@k, majority@k, with intervals by bootstrap. Standard library and numpy."""
+"""Accuracy from several samples a question: avg@k, pass@k, majority@k, with intervals by bootstrap. Standard library
+and numpy."""
 
 import math
 from collections import Counter
@@ -60,7 +61,10 @@ def bootstrap(values: Sequence[float], confidence: float = 0.95, resamples: int 
     array = np.asarray(values, dtype=float)
     generator = np.random.default_rng(seed)
     means = np.concatenate(
-        [array[generator.integers(0, len(array), (rows, len(array)))].mean(axis=1) for rows in _in_parts(resamples, len(array))]
+        [
+            array[generator.integers(0, len(array), (rows, len(array)))].mean(axis=1)
+            for rows in _in_parts(resamples, len(array))
+        ]
     )
     low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return Estimate(float(array.mean()), float(low), float(high))
@@ -72,7 +76,9 @@ def _in_parts(resamples: int, questions: int) -> list[int]:
     return [min(part, resamples - start) for start in range(0, resamples, part)]
 
 
-def summary(questions: Sequence[tuple[Sequence[str], Sequence[bool]]], confidence: float = 0.95) -> dict[str, dict[str, float]]:
+def summary(
+    questions: Sequence[tuple[Sequence[str], Sequence[bool]]], confidence: float = 0.95
+) -> dict[str, dict[str, float]]:
     """Estimates of one data set.
 
     Args:

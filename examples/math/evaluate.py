@@ -1,7 +1,8 @@
-"""Accuracy of a model on prepared data sets: generate with vLLM, score with a reward function, estimate, write JSON and a table.
+"""Accuracy of a model on prepared data sets: generate with vLLM, score with a reward function, estimate, write JSON and
+a table.
 
-Called by evaluate.sh, which merges a checkpoint first. Writes OUT/responses/<set>.jsonl, one line a response, OUT/results.json and
-OUT/results.md. A set whose responses are there with the same settings is not generated again.
+Called by evaluate.sh, which merges a checkpoint first. Writes OUT/responses/<set>.jsonl, one line a response,
+OUT/results.json and OUT/results.md. A set whose responses are there with the same settings is not generated again.
 """
 
 import argparse
@@ -46,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="a Hugging Face folder or name")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="parquet files of prepare_data.py")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--reward", default="pkg://vimpo_verl.rewards.math", help="pkg://module or a file, with compute_score")
+    parser.add_argument(
+        "--reward", default="pkg://vimpo_verl.rewards.math", help="pkg://module or a file, with compute_score"
+    )
     parser.add_argument("--n", type=int, default=32, help="samples a question")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -78,7 +81,11 @@ def questions_of(path: Path, limit: int | None) -> list[dict]:
     """Rows of a parquet file of verl: data_source, prompt, ground_truth, extra_info."""
     import pandas
 
-    rows = pandas.read_parquet(path).head(limit).to_dict("records") if limit else pandas.read_parquet(path).to_dict("records")
+    rows = (
+        pandas.read_parquet(path).head(limit).to_dict("records")
+        if limit
+        else pandas.read_parquet(path).to_dict("records")
+    )
     return [
         {
             "data_source": row["data_source"],
@@ -97,7 +104,12 @@ class Engine:
         from vllm import LLM, SamplingParams
 
         length = args.max_prompt_tokens + args.max_tokens
-        options = {"max_model_len": length, "tensor_parallel_size": args.tensor_parallel, "seed": args.seed, **args.engine}
+        options = {
+            "max_model_len": length,
+            "tensor_parallel_size": args.tensor_parallel,
+            "seed": args.seed,
+            **args.engine,
+        }
         self.llm = LLM(model=args.model, **options)
         self.sampling = SamplingParams(
             n=args.n, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed
@@ -113,7 +125,7 @@ class Engine:
 
 
 def scored(questions: list[dict], score: Callable) -> list[dict]:
-    """The questions with "accs" and "preds", one a response. A reward that is a number has the response as its answer."""
+    """The questions with "accs" and "preds", one a response. A reward that is a number has the response as answer."""
     rows = []
     for question in questions:
         results = [
@@ -122,7 +134,9 @@ def scored(questions: list[dict], score: Callable) -> list[dict]:
         ]
         results = [result if isinstance(result, dict) else {"acc": result} for result in results]
         accs = [float(result.get("acc", result.get("score"))) for result in results]
-        preds = [str(result.get("pred", response)) for result, response in zip(results, question["responses"], strict=True)]
+        preds = [
+            str(result.get("pred", response)) for result, response in zip(results, question["responses"], strict=True)
+        ]
         rows.append({**question, "accs": accs, "preds": preds})
     return rows
 
@@ -151,7 +165,8 @@ def table(results: dict[str, dict]) -> str:
     lines = ["| | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
     for data_set, result in results.items():
         cells = [
-            f"{100 * e['value']:.1f} ({100 * e['low']:.1f} to {100 * e['high']:.1f})" if e else "" for e in (result.get(name) for name in names)
+            f"{100 * e['value']:.1f} ({100 * e['low']:.1f} to {100 * e['high']:.1f})" if e else ""
+            for e in (result.get(name) for name in names)
         ]
         lines.append(f"| {data_set} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
 """Check a verl configuration as `python -m verl.trainer.main_ppo` would, print it resolved as YAML, and start nothing.
 
-Takes the Hydra overrides of main_ppo. What the checks say goes to stderr, so that stdout is the configuration alone. Exits with 1 if
-verl, or vimpo_verl in verl's own check, refuses the configuration.
+Takes the Hydra overrides of main_ppo. What the checks say goes to stderr, so that stdout is the configuration alone.
+Exits with 1 if verl, or vimpo_verl in verl's own check, refuses the configuration.
 """
 
 import contextlib

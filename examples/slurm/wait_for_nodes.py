@@ -1,6 +1,7 @@
 """Wait until as many nodes as are named have joined a Ray cluster with their GPUs, saying who has and who has not.
 
-They are counted, because Slurm's name of a node need not be its host name; names are for the messages. Exit status 0 when all have, 1 when they have not in time. With --timeout 0 it looks once.
+They are counted, because Slurm's name of a node need not be its host name; names are for the messages. Exit status 0
+when all have, 1 when they have not in time. With --timeout 0 it looks once.
 """
 
 import argparse
@@ -42,7 +43,9 @@ def wait(address: str, expected: list[str], gpus_per_node: int, timeout: float) 
         if len(here) >= len(expected):
             return True
         if time.monotonic() >= deadline:
-            print(f"gave up on {' '.join(missing)}: leave them out with sbatch --exclude={','.join(missing)}", flush=True)
+            print(
+                f"gave up on {' '.join(missing)}: leave them out with sbatch --exclude={','.join(missing)}", flush=True
+            )
             return False
         before = here
         time.sleep(2)

@@ -17,4 +17,7 @@ def init(address, **_):
 
 def nodes():
     gpus = float(os.environ["GPUS"])
-    return [{"NodeManagerHostname": f"{p.name}.cluster", "Alive": True, "Resources": {"GPU": gpus}} for p in _JOINED.iterdir()]
+    return [
+        {"NodeManagerHostname": f"{p.name}.cluster", "Alive": True, "Resources": {"GPU": gpus}}
+        for p in _JOINED.iterdir()
+    ]

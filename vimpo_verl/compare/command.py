@@ -22,14 +22,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs",
         nargs="+",
         metavar="[LABEL=]RUN[,RUN...]",
-        help="a run's folder, verl's metrics file, TensorBoard events or console log; wildcards are allowed. Runs of one label are "
-        "seeds of one side; without LABEL it is the folder's name without -seed<number>. The first side is compared with the others",
+        help="a run's folder, verl's metrics file, TensorBoard events or console log; wildcards are allowed. Runs of "
+        "one label are seeds of one side; without LABEL it is the folder's name without -seed<number>. The others are "
+        "compared with the first side",
     )
-    parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder for the table, JSON and plots (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("comparison"),
+        help="folder for the table, JSON and plots (default: %(default)s)",
+    )
     names = [axis.name for axis in AXES]
     parser.add_argument("--by", nargs="+", choices=names, default=names, help="what to align by (default: all)")
-    parser.add_argument("--last", type=_fraction, default=0.1, help="a value is the mean over this last fraction (default: %(default)s)")
-    parser.add_argument("--confidence", type=_fraction, default=0.95, help="of the intervals over seeds (default: %(default)s)")
+    parser.add_argument(
+        "--last", type=_fraction, default=0.1, help="a value is the mean over this last fraction (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--confidence", type=_fraction, default=0.95, help="of the intervals over seeds (default: %(default)s)"
+    )
     parser.add_argument("--no-plots", action="store_true", help="only the table and the JSON")
 
 
@@ -49,7 +59,8 @@ def main(arguments: argparse.Namespace, write: Callable[[str], None] = print) ->
     data = report.as_json(comparison, unreadable, arguments.confidence)
     (arguments.out / "comparison.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
     plots = [] if arguments.no_plots or not comparison.tables else _plots(comparison, arguments, write)
-    write(f"Written: {', '.join(str(path) for path in (arguments.out / 'comparison.md', arguments.out / 'comparison.json', *plots))}")
+    written = [arguments.out / "comparison.md", arguments.out / "comparison.json", *plots]
+    write(f"Written: {', '.join(map(str, written))}")
     return 1 if unreadable else 0
 
 
@@ -110,4 +121,3 @@ def _fraction(text: str) -> float:
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be between 0 and 1")
     return value
-

@@ -66,7 +66,9 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
 
 
-def compare(sides: Sequence[Side], axes: Sequence[Axis] = AXES, last: float = 0.1, confidence: float = 0.95) -> Comparison:
+def compare(
+    sides: Sequence[Side], axes: Sequence[Axis] = AXES, last: float = 0.1, confidence: float = 0.95
+) -> Comparison:
     """Compare sides at the end of what all their runs have reached.
 
     Args:
@@ -95,9 +97,16 @@ def _table(result: Comparison, axis: Axis, last: float, confidence: float) -> Ta
     start = end * (1 - last)
     rows = [_row(quantity, result.sides, axis, start, end, confidence) for quantity in result.quantities]
     for side in result.sides:
-        old = [row.quantity.name for row in rows if not row.values[side.label] and any(row.quantity.series(run) for run in side.runs)]
+        old = [
+            row.quantity.name
+            for row in rows
+            if not row.values[side.label] and any(row.quantity.series(run) for run in side.runs)
+        ]
         if old:
-            result.notes.append(f"at equal {axis.name}, {side.label} has no value in the second half of what is common: {', '.join(old)}")
+            result.notes.append(
+                f"at equal {axis.name}, {side.label} has no value in the second half of what is "
+                f"common: {', '.join(old)}"
+            )
     return Table(axis, start, end, rows)
 
 
@@ -113,20 +122,24 @@ def _row(quantity: Quantity, sides: list[Side], axis: Axis, start: float, end: f
 
 
 def value_at(quantity: Quantity, run: RunLog, axis: Axis, start: float, end: float) -> float | None:
-    """Mean over the records in (start, end] of the axis; where there is none, the last record of the second half of what is common.
+    """Mean over the records in (start, end] of the axis, or the last record in the second half of what is common.
 
-    None without any: an older value, such as a validation before training, says nothing about the end.
+    None without either: an older value, such as a validation before training, says nothing about the end.
     """
     positions = axis.positions(run) or {}
     series = quantity.series(run)
-    recent = [(positions[step], value) for step, value in series.items() if end / 2 < positions[step] <= end * (1 + 1e-12)]
+    recent = [
+        (positions[step], value) for step, value in series.items() if end / 2 < positions[step] <= end * (1 + 1e-12)
+    ]
     inside = [value for position, value in recent if position > start]
     if inside:
         return math.fsum(inside) / len(inside)
     return recent[-1][1] if recent else None
 
 
-def _difference(quantity: Quantity, first: Side, other: Side, values: dict[str, list[float]], confidence: float) -> Difference | None:
+def _difference(
+    quantity: Quantity, first: Side, other: Side, values: dict[str, list[float]], confidence: float
+) -> Difference | None:
     a, b = values[first.label], values[other.label]
     if not a or not b:
         return None
@@ -169,7 +182,8 @@ def _notes(quantity: Quantity, sides: Sequence[Side]) -> list[str]:
 def _late_starts(runs: Sequence[RunLog]) -> list[str]:
     """Runs whose earlier log is missing: their tokens and hours start at 0 where the log does."""
     return [
-        f"{run.name} starts at step {min(run.steps)}: its tokens and hours are counted from there; were earlier metrics overwritten?"
+        f"{run.name} starts at step {min(run.steps)}: its tokens and hours are counted from there; were earlier "
+        "metrics overwritten?"
         for run in runs
         if min(run.steps) > 1
     ]

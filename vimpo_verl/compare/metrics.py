@@ -51,7 +51,11 @@ class Quantity:
 # Without reward noise verl's score is the clean one.
 REWARD = Quantity("reward", ("reward_noise/clean_mean", "critic/score/mean"), alike=True)
 TRAINING = (
-    Quantity("kl", ("vimpo/kl", "actor/kl_loss"), note="vimpo/kl is exact, actor/kl_loss verl's estimator; GRPO without a KL loss has neither"),
+    Quantity(
+        "kl",
+        ("vimpo/kl", "actor/kl_loss"),
+        note="vimpo/kl is exact, actor/kl_loss verl's estimator; GRPO without a KL loss has neither",
+    ),
     Quantity("response length", ("response_length/mean",)),
     Quantity("entropy", ("actor/entropy",)),
     Quantity("value explained variance", ("vimpo/value_explained_variance",), note="only VIMPO has values"),
@@ -61,7 +65,7 @@ TRAINING = (
 
 
 def quantities(runs: Sequence[RunLog]) -> list[Quantity]:
-    """Reward, validation accuracy (of each data set, and their mean where there are several) and the training metrics."""
+    """Reward, validation accuracy (each data set, and their mean where there are several) and training metrics."""
     validation = _validation(runs)
     if len(validation) > 1:
         validation.insert(0, Quantity("validation accuracy", parts=tuple(validation), note="mean over the data sets"))
@@ -77,14 +81,16 @@ def _validation(runs: Sequence[RunLog]) -> list[Quantity]:
             rank = ("acc", "score", "reward").index(match["what"])
             found.setdefault(match["set"], []).append((rank, -int(match["n"]), key))
     return [
-        Quantity(f"validation {name}", tuple(key for *_, key in sorted(keys)), note="not the same number of samples a prompt")
+        Quantity(
+            f"validation {name}", tuple(key for *_, key in sorted(keys)), note="not the same number of samples a prompt"
+        )
         for name, keys in sorted(found.items())
     ]
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What runs are aligned by: `key` is summed up over the steps, in units of `unit` of it; no key for the step itself."""
+    """What runs are aligned by: `key`, summed up over the steps in units of `unit`; no key for the step itself."""
 
     name: str
     label: str

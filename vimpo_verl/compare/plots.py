@@ -31,10 +31,14 @@ def draw(comparison: Comparison, folder: Path, confidence: float) -> list[Path]:
     return [_draw_overview(comparison, axes[0], folder, confidence), *paths]
 
 
-def _draw_quantity(quantity: Quantity, sides: list[Side], axes: Sequence[Axis], folder: Path, confidence: float) -> Path:
+def _draw_quantity(
+    quantity: Quantity, sides: list[Side], axes: Sequence[Axis], folder: Path, confidence: float
+) -> Path:
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(axes), figsize=(4.4 * len(axes), 3.6), sharey=True, squeeze=False, layout="constrained")
+    figure, panels = pyplot.subplots(
+        1, len(axes), figsize=(4.4 * len(axes), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
     for axis, panel in zip(axes, panels[0], strict=True):
         _panel(panel, quantity, sides, axis, confidence)
         panel.set_xlabel(axis.label)
@@ -48,7 +52,9 @@ def _draw_overview(comparison: Comparison, axis: Axis, folder: Path, confidence:
 
     columns = min(3, len(comparison.quantities))
     rows = -(-len(comparison.quantities) // columns)
-    figure, panels = pyplot.subplots(rows, columns, figsize=(4.4 * columns, 3.1 * rows), squeeze=False, layout="constrained")
+    figure, panels = pyplot.subplots(
+        rows, columns, figsize=(4.4 * columns, 3.1 * rows), squeeze=False, layout="constrained"
+    )
     for panel, quantity in zip(panels.flat, comparison.quantities, strict=False):
         _panel(panel, quantity, comparison.sides, axis, confidence)
         panel.set_title(quantity.name, fontsize="medium")
@@ -60,14 +66,21 @@ def _draw_overview(comparison: Comparison, axis: Axis, folder: Path, confidence:
 
 
 def _panel(panel, quantity: Quantity, sides: list[Side], axis: Axis, confidence: float) -> None:
-    """Every seed thin, the mean thick, its interval as a band where there are two seeds or more, cut off at the seeds' range."""
+    """Every seed thin, the mean thick, its interval as a band where there are two seeds or more.
+
+    The band is cut off at the range of the seeds.
+    """
     drawn: list[float] = []
     for number, side in enumerate(sides):
         colour = COLOURS[number % len(COLOURS)]
         curves = [curve for curve in (_curve(quantity, run, axis) for run in side.runs) if curve[0]]
         drawn += [value for _, y in curves for value in y]
         label = f"{side.label} ({len(side.runs)})" if len(side.runs) > 1 else side.label
-        style = {"color": colour, "marker": "o", "markersize": 3} if any(len(x) <= _FEW for x, _ in curves) else {"color": colour}
+        style = (
+            {"color": colour, "marker": "o", "markersize": 3}
+            if any(len(x) <= _FEW for x, _ in curves)
+            else {"color": colour}
+        )
         if len(curves) == 1:
             panel.plot(*curves[0], label=label, linewidth=1.6, **style)
         elif curves:
@@ -82,7 +95,9 @@ def _panel(panel, quantity: Quantity, sides: list[Side], axis: Axis, confidence:
     panel.margins(x=0.02)
 
 
-def _mean_and_band(panel, curves: list[tuple[list[float], list[float]]], colour: str, label: str, confidence: float) -> None:
+def _mean_and_band(
+    panel, curves: list[tuple[list[float], list[float]]], colour: str, label: str, confidence: float
+) -> None:
     """Over the range that all seeds share, between records by straight lines."""
     start, end = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
     grid = [start + (end - start) * i / (_GRID - 1) for i in range(_GRID)] if end > start else [end]

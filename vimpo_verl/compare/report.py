@@ -13,7 +13,9 @@ def text(comparison: Comparison, unreadable: list[str], confidence: float) -> st
     parts.append("\n".join(_reading(comparison, confidence)))
     if comparison.notes:
         parts.append("Notes:\n" + "\n".join(f"- {note}" for note in comparison.notes))
-    problems = unreadable + [f"{run.name}: {problem}" for side in comparison.sides for run in side.runs for problem in run.problems]
+    problems = unreadable + [
+        f"{run.name}: {problem}" for side in comparison.sides for run in side.runs for problem in run.problems
+    ]
     parts.append("Could not read:\n" + "\n".join(f"- {problem}" for problem in problems or ["nothing: all was read"]))
     return "\n\n".join(parts) + "\n"
 
@@ -28,10 +30,16 @@ def _sides(sides: list[Side]) -> Iterator[str]:
 def _reading(comparison: Comparison, confidence: float) -> Iterator[str]:
     level = f"{100 * confidence:g} %"
     yield (
-        f"A value is the mean over its seeds, with their number in brackets; after +- half the {level} interval over the seeds "
-        "(Student's t; Welch's for a difference)."
+        f"A value is the mean over its seeds, with their number in brackets; after +- half the {level} interval over the "
+        "seeds (Student's t; Welch's for a difference)."
     )
-    decided = [d for table in comparison.tables for row in table.rows for d in row.differences.values() if d and d.interval.half_width is not None]
+    decided = [
+        d
+        for table in comparison.tables
+        for row in table.rows
+        for d in row.differences.values()
+        if d and d.interval.half_width is not None
+    ]
     if decided:
         outside = sum(d.verdict == OUTSIDE for d in decided)
         yield (
@@ -80,7 +88,9 @@ def _number(value: float) -> str:
 
 def _markdown(rows: list[list[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
     return "\n".join(lines)
 

@@ -49,8 +49,8 @@ def read_run(path: Path) -> RunLog:
     """Read one run.
 
     Args:
-        path: a run's folder, verl's metrics file (.jsonl), a TensorBoard file, or a file with the console output. In a folder
-            the best source wins: metrics*.jsonl, then other .jsonl, then TensorBoard, then .log, .out and .txt.
+        path: a run's folder, verl's metrics file (.jsonl), a TensorBoard file, or a file with the console output.
+            In a folder the best source wins: metrics*.jsonl, then other .jsonl, then TensorBoard, then .log, .out and .txt.
 
     Raises:
         UnreadableRun: there is no such path, or no step in it.
@@ -101,7 +101,7 @@ def _age(file: Path) -> float:
     return file.stat().st_mtime
 
 
-# ---- what is not a finite number --------------------------------------------------------------------------------------
+# ---- what is not a finite number ----------------------------------------
 
 
 def _finite(step: int, values: dict, problems: list[str]) -> dict[str, float]:
@@ -125,7 +125,7 @@ def _summarised(problems: list[str]) -> list[str]:
     return [text + (f" ({count[key]} times)" if count[key] > 1 else "") for key, text in first.items()]
 
 
-# ---- verl's file logger -------------------------------------------------------------------------------------------------
+# ---- verl's file logger ----------------------------------------
 
 
 def _read_jsonl(files: Iterable[Path], problems: list[str]) -> Iterator[Record]:
@@ -145,7 +145,7 @@ def _start(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:60] + "...")
 
 
-# ---- console ------------------------------------------------------------------------------------------------------------
+# ---- console ----------------------------------------
 
 # Ray's coloured prefix, a progress bar or srun's label may stand before it.
 _STEP = re.compile(r"(?<![\w/])step:(\d+) - (?=\S+:)")
@@ -174,7 +174,7 @@ def _pairs(parts: list[str], where: str, problems: list[str]) -> Iterator[tuple[
             problems.append(f"{where}: not 'metric:number': {_start(part)}")
 
 
-# ---- TensorBoard ----------------------------------------------------------------------------------------------------------
+# ---- TensorBoard ----------------------------------------
 
 
 def _read_tensorboard(files: list[Path], problems: list[str]) -> Iterator[Record]:

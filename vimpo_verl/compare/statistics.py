@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ def mean_interval(values: Sequence[float], confidence: float) -> Interval:
 
 
 def difference_interval(a: Sequence[float], b: Sequence[float], confidence: float) -> Interval:
-    """mean(b) - mean(a) with Welch's interval, which does not take the two variances for equal. Arguments as for mean_interval."""
+    """mean(b) - mean(a) with Welch's interval, which does not take the two variances for equal.
+
+    Arguments as for mean_interval.
+    """
     difference = math.fsum(b) / len(b) - math.fsum(a) / len(a)
     if len(a) < 2 or len(b) < 2:
         return Interval(difference, None)
@@ -50,7 +53,7 @@ def _variance(values: Sequence[float]) -> float:
     return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def student_t_quantile(probability: float, freedom: float) -> float:
     """The t with P(T <= t) = probability, for `freedom` > 0 degrees of freedom, also fractional.
 
