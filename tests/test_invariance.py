@@ -141,6 +141,15 @@ def rank_jobs(ranks):
 SEQUENCE_PARALLEL_JOBS = {
     "sequence parallel": (replace(BASE, sp_size=2), make_samples()),
     "sequence parallel, dynamic batch": (replace(BASE, sp_size=2, micro_batch_size=None), make_samples()),
+    "sequence parallel, current kappa": (
+        replace(BASE, sp_size=2, knobs={**BASE.knobs, "kappa_policy": "current"}),
+        make_samples(),
+    ),
+    # Last, because verl's fused kernels replace the forward of the model's class. FSDP1: see test_fused_head.py.
+    "sequence parallel, fused kernels": (
+        replace(BASE, sp_size=2, strategy="fsdp", use_fused_kernels=True),
+        make_samples(),
+    ),
 }
 TWO_RANK_JOBS = {**rank_jobs(2), **SEQUENCE_PARALLEL_JOBS}
 
@@ -154,8 +163,10 @@ def on_two_ranks(models):
 
 def check_job(models, job, result):
     (setting, ordered), samples = job, make_samples()
-    expected = run_step(models, replace(BASE, mini_batches=setting.mini_batches, micro_batch_size=1), samples)
-    assert_same(result, expected, rows=[ordered.index(sample) for sample in samples])
+    plain = replace(BASE, mini_batches=setting.mini_batches, micro_batch_size=1, knobs=setting.knobs)
+    expected = run_step(models, plain, samples)
+    tolerance = 1e-5 if setting.use_fused_kernels else TOLERANCE  # the fused head multiplies in another order
+    assert_same(result, expected, rows=[ordered.index(sample) for sample in samples], tolerance=tolerance)
 
 
 @pytest.mark.parametrize("name", TWO_RANK_JOBS)
