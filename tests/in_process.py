@@ -147,7 +147,7 @@ def make_trainer(config, monkeypatch):
     worker = VimpoActorRolloutRefWorker(config=config.actor_rollout_ref, role="actor_rollout_ref")
     worker.init_model()
     trainer = object.__new__(VimpoTrainerSync)  # its __init__ starts Ray
-    trainer.config, trainer.knobs = config, knobs_of(config)[0]
+    trainer.config, trainer.knobs, trainer.global_steps = config, knobs_of(config)[0], 1
     trainer.actor_rollout_wg = InProcessGroup(worker, queue)
     return trainer, queue
 

@@ -71,7 +71,7 @@ def test_a_non_finite_model_is_named_with_sample_and_token(trainer_and_queue, wh
     worker = getattr(trainer.actor_rollout_wg.worker, which)
     with torch.no_grad():
         next(p for n, p in worker.engine.module.named_parameters() if "norm" in n).fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match="response token 0 of sample p0_0_0"):
+    with pytest.raises(FloatingPointError, match="step 1.*response token 0 of sample p0_0_0"):
         run_trainer_step(trainer, queue, make_samples(tool_tokens=False))
 
 
