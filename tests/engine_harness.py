@@ -117,14 +117,6 @@ def start_process_group(rank: int = 0, world_size: int = 1, port: int | None = N
     )  # fmt: skip
 
 
-def let_fsdp1_build_on_cpu() -> None:
-    """FSDP1 refuses to broadcast a module's initial state from CPU memory, although gloo can: lift the check."""
-    import torch.distributed.fsdp._init_utils as init_utils
-
-    if not torch.cuda.is_available():
-        init_utils._check_module_states_for_sync_module_states = lambda module_states: None
-
-
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -136,7 +128,6 @@ def make_worker(worker_cls, path: Path, setting: Setting, forward_only: bool):
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
 
-    let_fsdp1_build_on_cpu()
     attention = ulysses_on_cpu.register() if setting.sp_size > 1 else "sdpa"
     dynamic = setting.micro_batch_size is None
     worker = worker_cls(

@@ -124,6 +124,7 @@ def test_the_line_in_the_driver_names_the_knobs(capsys):
 REFUSED = {
     "algorithm.gamma=0.99": "algorithm.gamma=1.0",
     "algorithm.lam=1.5": "algorithm.lam=1.0",
+    "algorithm.lam=null": "algorithm.lam=1.0",
     "algorithm.use_kl_in_reward=True": "algorithm.use_kl_in_reward=False",
     "algorithm.rollout_correction.bypass_mode=True": "algorithm.rollout_correction.bypass_mode=False",
     "critic.enable=True": "remove critic.enable",
@@ -155,7 +156,8 @@ def test_a_refusal_names_the_key_and_what_to_write(override):
 
 
 def test_every_problem_is_listed_at_once():
-    together = [o for o in REFUSED if "megatron" not in o and "ref." not in o.split("=")[0][18:] and "critic" not in o]
+    apart = ("megatron", "critic", "null")  # the same key twice, or one that hides others
+    together = [o for o in REFUSED if not any(a in o for a in apart) and "ref." not in o.split("=")[0][18:]]
     problems = refusals(vimpo(*together))
     assert len(problems) == len(together)
     for number, problem in enumerate(problems, 1):

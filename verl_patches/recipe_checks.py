@@ -72,8 +72,8 @@ def _algorithm(config: Any) -> Iterator[str]:
     algorithm = config.algorithm
     if algorithm.gamma != 1.0:
         yield f"algorithm.gamma={algorithm.gamma}: VIMPO's equations have discount 1; write algorithm.gamma=1.0"
-    if not 0.0 <= algorithm.lam <= 1.0:
-        yield f"algorithm.lam={algorithm.lam}: lambda lies in [0, 1]; the paper's is algorithm.lam=1.0"
+    if not isinstance(algorithm.lam, (int, float)) or not 0.0 <= algorithm.lam <= 1.0:
+        yield f"algorithm.lam={algorithm.lam!r}: lambda is a number in [0, 1]; the paper's is algorithm.lam=1.0"
     if algorithm.get("use_kl_in_reward", False):
         yield (
             "algorithm.use_kl_in_reward=True: the reward would hold the KL that kappa already is, which breaks the "
@@ -105,7 +105,7 @@ def _engine(config: Any) -> Iterator[str]:
     if actor.strategy not in STRATEGIES:
         yield (
             f"actor_rollout_ref.actor.strategy={actor.strategy}: the joint pass runs on verl's FSDP engine; write "
-            "actor_rollout_ref.actor.strategy=fsdp2 (or fsdp)"
+            "actor_rollout_ref.actor.strategy=fsdp2 (or fsdp), and leave model_engine out if the recipe has it"
         )
         return  # the keys below are those of the FSDP engine
     if ref.strategy != actor.strategy:
