@@ -31,13 +31,16 @@ class TensorMemory(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor, new=False)  # made outside the block, unless it is known: views of it are not new
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self._count(tensor)
+                self._count(tensor, new=True)
         return result
 
-    def _count(self, tensor: torch.Tensor) -> None:
+    def _count(self, tensor: torch.Tensor, new: bool) -> None:
         try:
             storage = tensor.untyped_storage()
         except (RuntimeError, NotImplementedError):  # a subclass without storage; its parts are counted
@@ -46,9 +49,12 @@ class TensorMemory(TorchDispatchMode):
         if key in self._seen or not size:
             return
         self._seen.add(key)
-        self.live += size
+        counted = size if new else 0
+        self.live += counted
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key, size)
+        weakref.finalize(storage, self._forget, key, counted)
+        if not new:
+            return
         if self.large_elements and tensor.numel() >= self.large_elements:
             shape = tuple(tensor.shape)
             self.large[shape] = self.large.get(shape, 0) + 1
