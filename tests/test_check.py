@@ -6,6 +6,7 @@ import sys
 from importlib import metadata
 
 import pytest
+import verl  # noqa: F401  loads the plugin before a test here hides the entry points from it
 
 from verl_patches import seams
 from vimpo_verl import check
