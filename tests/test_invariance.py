@@ -90,7 +90,7 @@ def test_placeholder_samples_count_nowhere(models, base, where):
 
 
 def test_in_bfloat16_only_rounding_differs(models):
-    """The spread is that of bfloat16 forwards (2^-8 a value); docs/reliability.md has the measured numbers."""
+    """The spread is that of bfloat16 forwards (2^-8 a value); only a bound is asserted."""
     setting = replace(BASE, dtype="bf16", epochs=1)
     samples = make_samples()
     reference = run_step(models, setting, samples)

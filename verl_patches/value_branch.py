@@ -95,7 +95,6 @@ class VimpoLoss:
         # A placeholder has an empty mask and target 0, so its loss is 0. A mini-batch of nothing else has no mean.
         return per_sequence.sum() * (data["dp_size"] / count if count else 0.0)
 
-
     def _token_kl(
         self, log_prob: Tensor, ref_log_prob: Tensor, old_token_kl: Tensor, model_output: dict, data: TensorDict
     ) -> Tensor:
