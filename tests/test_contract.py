@@ -1,0 +1,354 @@
+"""Claim: every verl function, signature, registry, configuration key and stored field that we rely on is there.
+
+One test a thing, whose failure names the seam, the place in verl and what changed: a new verl breaks a line here and not a
+training run. Names that our modules import from verl are collected from their source; the rest is the table CONTRACT.
+Not claimed: that verl does the same behind the same names; the engine and end-to-end tests are for that.
+"""
+
+import ast
+import importlib
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
+
+import pytest
+import verl
+from omegaconf import OmegaConf
+from test_validation import compose
+
+from verl_patches import seams
+
+ROOT = Path(__file__).parent.parent
+
+
+def find(place: str):
+    """ "package.module:Class.attribute" -> the object."""
+    module, _, path = place.partition(":")
+    found = importlib.import_module(module)
+    for name in filter(None, path.split(".")):
+        found = getattr(found, name)
+    return found
+
+
+@dataclass(frozen=True)
+class Called:
+    """We (or verl, of a function that we put in the place of one of verl's) call it with these arguments."""
+
+    positional: int = 0
+    keywords: tuple[str, ...] = ()
+
+    def problem(self, function) -> str | None:
+        try:
+            inspect.signature(function).bind(*[None] * self.positional, **dict.fromkeys(self.keywords))
+        except TypeError as error:
+            return f"{error}; its parameters are now {inspect.signature(function)}"
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """We override or wrap it: verl calls ours with exactly these parameters."""
+
+    names: tuple[str, ...]
+
+    def problem(self, function) -> str | None:
+        found = tuple(inspect.signature(function).parameters)
+        return None if found == self.names else f"its parameters were {self.names} and are now {found}"
+
+
+@dataclass(frozen=True)
+class Mentions:
+    """Its code reads or writes these names: fields of a batch, flags, keywords, attributes."""
+
+    names: tuple[str, ...]
+
+    def problem(self, function) -> str | None:
+        known = set(names_in(inspect.unwrap(function).__code__))
+        missing = [name for name in self.names if name not in known]
+        return f"its code no longer has {', '.join(missing)}" if missing else None
+
+
+@dataclass(frozen=True)
+class Holds:
+    """A registry with these keys, or an object with these attributes."""
+
+    names: tuple[str, ...]
+
+    def problem(self, owner) -> str | None:
+        missing = [n for n in self.names if not (n in owner if isinstance(owner, dict) else hasattr(owner, n))]
+        return f"it no longer has {', '.join(missing)}" if missing else None
+
+
+@dataclass(frozen=True)
+class Derives:
+    """A class of ours can be derived from it: no abstract method is left that ours does not define."""
+
+    ours: str
+
+    def problem(self, base) -> str | None:
+        ours = find(self.ours)
+        if not issubclass(ours, base):
+            return f"{self.ours} does not derive from it"
+        left = sorted(getattr(ours, "__abstractmethods__", ()))
+        return f"{self.ours} lacks {', '.join(left)}" if left else None
+
+
+def names_in(code: CodeType):
+    """Every name and string constant of a function's code, also of the functions inside it."""
+    yield from code.co_names
+    yield from code.co_varnames
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from names_in(constant)
+        elif isinstance(constant, (tuple, frozenset)):
+            yield from (part for part in constant if isinstance(part, str))
+        elif isinstance(constant, str):
+            yield constant
+
+
+ALGOS = "verl.trainer.ppo.core_algos"
+TRAINER = "verl.trainer.ppo.v1.trainer_base:PPOTrainer"
+WORKERS = "verl.workers.engine_workers"
+ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
+LOSSES = "verl.workers.utils.losses"
+PADDING = "verl.workers.utils.padding"
+AGENT_LOOP = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ"
+STEP = ("self", "batch", "metrics")
+
+# seam (a name in verl_patches.seams, or "cpu: ..." for verl_patches/cpu) -> what it relies on
+CONTRACT = {
+    "estimator and policy loss": [
+        (f"{ALGOS}:register_adv_est", Called(1)),
+        (f"{ALGOS}:register_policy_loss", Called(1)),
+        (f"{ALGOS}:get_policy_loss_fn", Called(1)),
+        (f"{ALGOS}:POLICY_LOSS_REGISTRY", Holds(("vanilla", "vimpo"))),
+        (f"{ALGOS}:ADV_ESTIMATOR_REGISTRY", Holds(("grpo", "vimpo"))),
+        (
+            f"{ALGOS}:compute_policy_loss_vanilla",
+            Called(0, ("old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config",
+                       "rollout_is_weights")),
+        ),
+        # Whoever calls an estimator by its name hands it at least these.
+        (
+            "verl.trainer.ppo.ray_trainer:compute_advantage",
+            Mentions(("token_level_rewards", "response_mask", "uid", "index", "advantages", "returns")),
+        ),
+    ],
+    "reference policy": [
+        ("verl.trainer.ppo.utils:need_reference_policy", Parameters(("config",))),
+        ("verl.trainer.main_ppo:need_reference_policy", Parameters(("config",))),
+        (f"{TRAINER}._init_resource_pool_mgr", Mentions(("need_reference_policy",))),
+    ],
+    "validation in the driver": [
+        ("verl.utils.config:validate_config", Parameters(("config", "use_reference_policy", "use_critic"))),
+        ("verl.trainer.main_ppo:validate_config", Parameters(("config", "use_reference_policy", "use_critic"))),
+        ("verl.utils.config:omega_conf_to_dataclass", Called(1)),
+        ("verl.workers.config:PolicyLossConfig", Called(0, ("loss_mode",))),
+        ("verl.workers.config:PolicyLossConfig", Derives("verl_patches.policy_loss_config:VimpoPolicyLossConfig")),
+        ("verl:__version__", Holds(())),
+    ],
+    "trainer, worker, joint pass and value loss": [
+        ("verl.trainer.ppo.v1.trainer_base:TRAINER_REGISTRY", Holds(("sync", "colocate_async"))),
+        ("verl.trainer.ppo.v1.trainer_base:get_trainer_cls", Called(1)),
+        (f"{TRAINER}.__init__", Parameters(("self", "config"))),
+        (f"{TRAINER}.__init__", Mentions(("config", "use_reference_policy"))),
+        (f"{TRAINER}._init_resource_pool_mgr", Parameters(("self",))),
+        (f"{TRAINER}._init_resource_pool_mgr", Mentions(("role_worker_mapping", "ActorRolloutRef", "ActorRollout"))),
+        (f"{TRAINER}._step_once", Mentions(("_compute_old_log_prob", "_compute_ref_log_prob", "_compute_advantage",
+                                            "_update_actor", "use_reference_policy"))),
+        (f"{TRAINER}._compute_old_log_prob", Parameters(STEP)),
+        (f"{TRAINER}._compute_old_log_prob", Mentions(("compute_log_prob", "log_probs", "entropy", "old_log_probs"))),
+        (f"{TRAINER}._compute_ref_log_prob", Parameters(STEP)),
+        (f"{TRAINER}._compute_ref_log_prob", Mentions(("ref_log_prob",))),
+        (f"{TRAINER}._compute_advantage", Parameters(STEP)),
+        (f"{TRAINER}._compute_advantage", Mentions(("rm_scores", "token_level_rewards", "response_mask", "uid",
+                                                    "advantages", "returns"))),
+        (f"{TRAINER}._update_actor", Parameters(STEP)),
+        (f"{TRAINER}._update_actor", Mentions(("actor/", "update_actor", "extra_info", "distillation_use_topk",
+                                               "distillation_only"))),
+        ("verl.trainer.ppo.padding_utils:construct_minimal_padding_template", Mentions(("is_padding", "response_mask"))),
+        (f"{WORKERS}:ActorRolloutRefWorker", Holds(("actor_worker_cls", "init_model", "compute_log_prob"))),
+        (f"{WORKERS}:ActorRolloutRefWorker.__init__", Called(1, ("config", "role"))),
+        (f"{WORKERS}:ActorRolloutRefWorker.init_model", Parameters(("self",))),
+        (f"{WORKERS}:ActorRolloutRefWorker.init_model", Mentions(("actor_worker_cls", "set_loss_fn", "ref", "actor"))),
+        (f"{WORKERS}:ActorRolloutRefWorker.compute_log_prob", Parameters(("self", "data"))),
+        (f"{WORKERS}:ActorRolloutRefWorker.update_actor", Mentions(("train_mini_batch",))),
+        (f"{WORKERS}:TrainingWorker.__init__", Mentions(("engine", "engine_config", "model_config", "loss_fn",
+                                                         "device_name"))),
+        (f"{WORKERS}:TrainingWorker.train_mini_batch", Mentions(("train_batch", "mini_batch_size", "epochs"))),
+        (f"{WORKERS}:TrainingWorker.train_batch", Parameters(("self", "data"))),
+        (f"{WORKERS}:TrainingWorker.train_batch", Mentions(("loss_fn", "use_fused_kernels"))),
+        (f"{WORKERS}:TrainingWorker.infer_batch", Parameters(("self", "data"))),
+        (f"{WORKERS}:TrainingWorker.infer_batch", Mentions(("compute_loss", "loss_fn", "no_lora_adapter"))),
+        (f"{WORKERS}:TrainingWorker.set_loss_fn", Called(2)),
+        ("verl.single_controller.base.decorator:make_nd_compute_dataproto_dispatch_fn", Called(0, ("mesh_name",))),
+        ("verl.single_controller.base.decorator:register", Called(0, ("dispatch_mode",))),
+        ("verl.utils.profiler:DistProfiler.annotate", Called(0, ("color", "role"))),
+        # the joint pass: the hook that sees the policy's logits
+        (f"{ENGINE}.forward_step", Parameters(("self", "micro_batch", "loss_function", "forward_only"))),
+        (f"{ENGINE}.forward_step", Mentions(("model_output", "data", "dp_group"))),
+        (f"{ENGINE}.prepare_model_inputs", Parameters(("self", "micro_batch"))),
+        (f"{ENGINE}.prepare_model_inputs", Mentions(("input_ids_rmpad_rolled", "temperature", "pad_to_length"))),
+        (
+            f"{ENGINE}.prepare_model_outputs",
+            Parameters(("self", "output", "output_args", "micro_batch", "logits_processor_func")),
+        ),
+        (f"{ENGINE}.prepare_model_outputs", Mentions(("distillation_use_topk", "distillation_only", "student_logits",
+                                                      "data", "calculate_entropy", "log_probs", "entropy"))),
+        (f"{ENGINE}", Holds(("eval_mode", "disable_adapter", "get_data_parallel_group"))),
+        (f"{ENGINE}.forward_backward_batch", Mentions(("batch_num_tokens", "dp_size", "loss_mask", "forward_step"))),
+        # fused kernels
+        (
+            "verl.utils.experimental.torch_functional:FusedLinearForPPO.forward",
+            Parameters(("self", "hidden_states", "vocab_weights", "input_ids", "temperature")),
+        ),
+        # the value loss
+        (f"{LOSSES}:ppo_loss", Called(0, ("config", "model_output", "data", "dp_group"))),
+        (f"{LOSSES}:ppo_loss", Mentions(("get_policy_loss_fn", "loss_mode", "old_log_probs", "advantages",
+                                         "rollout_is_weights", "response_mask", "log_probs"))),
+        (f"{PADDING}:no_padding_2_padding", Called(2)),
+        (f"{PADDING}:no_padding_2_padding", Mentions(("prompts", "responses"))),
+        (f"{PADDING}:response_from_nested", Called(2)),
+        ("verl.utils.metric:Metric", Called(0, ("value", "aggregation"))),
+        ("verl.utils.metric:AggregationType", Holds(("SUM",))),
+        ("verl.utils.tensordict_utils:assign_non_tensor", Called(1, ("anything",))),
+        ("verl.utils.tensordict_utils:get_non_tensor_data", Called(3)),
+        ("transfer_queue:kv_batch_get", Called(0, ("keys", "partition_id", "select_fields"))),
+        ("transfer_queue:kv_batch_put", Called(0, ("keys", "partition_id", "fields"))),
+        ("transfer_queue:KVBatchMeta", Called(0, ("keys", "tags", "partition_id", "extra_info"))),
+    ],
+    "reward noise": [
+        (f"{TRAINER}._compute_advantage", Parameters(STEP)),
+        (f"{TRAINER}._compute_advantage", Mentions(("rm_scores",))),
+        ("verl.trainer.ppo.padding_utils:construct_minimal_padding_template", Mentions(("is_padding", "rm_scores"))),
+        (f"{AGENT_LOOP}._agent_loop_postprocess", Mentions(("global_steps", "uid", "session_id"))),
+    ],
+    "cpu: platform": [
+        ("verl.plugin.platform:PlatformRegistry.register", Called(0, ("platform",))),
+        ("verl.plugin.platform:PlatformBase", Derives("verl_patches.cpu.platform:PlatformCPU")),
+    ],
+    "cpu: process group": [
+        (
+            "verl.utils.distributed:initialize_global_process_group_ray",
+            Called(0, ("timeout_second", "backend")),
+        ),
+    ],
+    "cpu: engines": [
+        ("verl.workers.engine.base:EngineRegistry.register", Called(0, ("model_type", "backend", "device"))),
+        (f"{ENGINE}._build_fsdp_module", Parameters(("self", "module"))),
+        (f"{ENGINE}._build_fsdp_module", Mentions(("forward_only", "offload_policy"))),
+        ("verl.workers.engine.fsdp.transformer_impl", Holds(("FSDPEngineWithLMHead", "FSDPEngineWithValueHead"))),
+        ("verl.workers.config:FSDPEngineConfig", Called(0, ("forward_only", "offload_policy"))),
+        ("torch.distributed.fsdp._init_utils", Holds(("_check_module_states_for_sync_module_states",))),
+    ],
+    "cpu: moves of the model": [
+        ("verl.utils.fsdp_utils:load_fsdp_model_to_gpu", Called(1)),
+        ("verl.utils.fsdp_utils:offload_fsdp_model_to_cpu", Called(1)),
+    ],
+}
+
+# What the driver reads or writes in verl's configuration, each with the default it must have for a GRPO recipe, or ANY.
+ANY = object()
+CONFIG_KEYS = {
+    "algorithm.adv_estimator": ANY,
+    "algorithm.gamma": 1.0,
+    "algorithm.lam": 1.0,
+    "algorithm.use_kl_in_reward": False,
+    "algorithm.rollout_correction.bypass_mode": False,
+    "algorithm.rollout_correction.rollout_is": None,
+    "algorithm.rollout_correction.rollout_rs": None,
+    "trainer.use_v1": True,
+    "trainer.v1.trainer_mode": ANY,
+    "trainer.v1.colocate_async.num_warmup_batches": ANY,
+    "critic.enable": None,
+    "distillation.enabled": False,
+    "data.max_response_length": ANY,
+    "data.train_batch_size": ANY,
+    "actor_rollout_ref.actor.strategy": ANY,
+    "actor_rollout_ref.actor.policy_loss.loss_mode": "vanilla",
+    "actor_rollout_ref.actor.policy_loss._target_": "verl.workers.config.PolicyLossConfig",
+    "actor_rollout_ref.actor.use_kl_loss": False,
+    "actor_rollout_ref.actor.kl_loss_coef": ANY,
+    "actor_rollout_ref.actor.entropy_coeff": 0,
+    "actor_rollout_ref.actor.ppo_epochs": 1,
+    "actor_rollout_ref.actor.use_prefix_grouper": False,
+    "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 1,
+    "actor_rollout_ref.ref.strategy": ANY,
+    "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size": 1,
+    "actor_rollout_ref.ref.log_prob_micro_batch_size": None,
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": None,
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": ANY,
+    "actor_rollout_ref.rollout.n": ANY,
+    "actor_rollout_ref.model.use_fused_kernels": False,
+    "actor_rollout_ref.model.lora_rank": ANY,
+    "actor_rollout_ref.model.lora.rank": ANY,
+    "actor_rollout_ref.model.lora_adapter_path": None,
+}
+
+
+def imported_from_verl() -> list[tuple[str, str]]:
+    """(file of ours, "module:name" of verl's) for every import in the source, also inside functions."""
+    found = set()
+    for folder in ("verl_patches", "vimpo_verl"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("verl", "transfer_queue"):
+                    found |= {(str(path.relative_to(ROOT)), f"{node.module}:{alias.name}") for alias in node.names}
+                elif isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names if alias.name.split(".")[0] in ("verl", "transfer_queue")]
+                    found |= {(str(path.relative_to(ROOT)), name) for name in names}
+    return sorted(found)
+
+
+RELIED_ON = [(seam, place, wanted) for seam, lines in CONTRACT.items() for place, wanted in lines]
+
+
+@pytest.mark.parametrize("seam, place, wanted", RELIED_ON, ids=[f"{s}-{p}-{type(w).__name__}" for s, p, w in RELIED_ON])
+def test_seam(seam, place, wanted):
+    try:
+        problem = wanted.problem(find(place))
+    except (ImportError, AttributeError) as error:
+        problem = f"it is gone ({error})"
+    assert problem is None, f"seam '{seam}', verl {verl.__version__}: {place}: {problem}"
+
+
+@pytest.mark.parametrize("file, place", imported_from_verl(), ids=str)
+def test_import(file, place):
+    module, _, name = place.partition(":")
+    try:
+        found = importlib.import_module(module)
+        assert not name or hasattr(found, name) or importlib.import_module(f"{module}.{name}")
+    except ImportError as error:
+        pytest.fail(f"{file} imports {place}, which verl {verl.__version__} no longer has: {error}")
+
+
+@pytest.fixture(scope="module")
+def verls_configuration():
+    return compose()
+
+
+@pytest.mark.parametrize("key", CONFIG_KEYS)
+def test_configuration_key(verls_configuration, key):
+    parent, _, name = key.rpartition(".")
+    section = OmegaConf.select(verls_configuration, parent)
+    where = f"seam 'validation in the driver', verl {verl.__version__}: {key}"
+    assert section is not None and name in section, f"{where}: verl's configuration no longer has it"
+    if CONFIG_KEYS[key] is not ANY:
+        assert section[name] == CONFIG_KEYS[key], f"{where}: the default was {CONFIG_KEYS[key]!r}, now {section[name]!r}"
+
+
+def test_every_seam_has_its_contract():
+    assert {seam.name for seam in seams.SEAMS} == {name for name in CONTRACT if not name.startswith("cpu: ")}
+
+
+def test_a_change_is_named():
+    """The three kinds of check say what changed."""
+
+    def step(self, batch, new):
+        return batch["other_field"]
+
+    assert "now ('self', 'batch', 'new')" in Parameters(("self", "batch", "metrics")).problem(step)
+    assert "missing a required argument: 'new'" in Called(2).problem(step)
+    assert Mentions(("other_field", "rm_scores")).problem(step) == "its code no longer has rm_scores"
+    assert Holds(("sync", "gone")).problem({"sync": 1}) == "it no longer has gone"
+    assert "does not derive" in Derives("verl_patches.cpu.platform:PlatformCPU").problem(int)
