@@ -10,8 +10,8 @@ import sys
 import traceback
 from dataclasses import dataclass
 
-# Releases of verl whose tests passed with this version of vimpo_verl.
-TESTED_VERL = ("0.9.1",)
+# Releases of verl that passed tests/compatibility/matrix.py with this version of vimpo_verl, oldest first.
+TESTED_VERL = ("0.9.0", "0.9.1")
 
 
 @dataclass(frozen=True)

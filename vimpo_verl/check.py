@@ -105,7 +105,11 @@ def _plugin_loaded() -> Iterator[Finding]:
     policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
     try:
         importlib.import_module("vimpo_verl.plugin")
-        reason = f"verl skipped it: VERL_USE_EXTERNAL_PLUGINS={policy}; unset it or name vimpo in it"
+        reason = (
+            f"verl skipped it: VERL_USE_EXTERNAL_PLUGINS={policy}; unset it or name vimpo in it"
+            if policy != "auto"
+            else f"verl {metadata.version('verl')} does not load plugins: it needs a verl from 0.9.0 on"
+        )
     except Exception as error:
         reason = f"it cannot be imported: {_reason(error)}"
     yield Finding(FAIL, "plugin", f"not loaded by verl; {reason}")
