@@ -79,6 +79,8 @@ def add_noise(batch: KVBatchMeta, metrics: dict, config: Any) -> None:
         keys=keys, partition_id=batch.partition_id, select_fields=["uid", "rm_scores", "data_source", "extra_info"]
     )
     per_token = list(data["rm_scores"].unbind())
+    if any(scores.dim() != 1 for scores in per_token):
+        raise ValueError(f"{SECTION}: rm_scores has several channels, {list(per_token[0].shape)}; a reward is one number")
     noisy = flip_groups(
         noise_of(config)[0],
         rewards=[scores.sum().item() for scores in per_token],

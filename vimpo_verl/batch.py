@@ -42,7 +42,7 @@ def compute_batch(
 
     Args:
         old_log_prob, ref_log_prob, token_kl: [B, T], in nats, at the policy that starts the update.
-        response_mask: [B, T], 1 on the tokens that the policy wrote.
+        response_mask: [B, T], 0/1 or bool: 1 on the tokens that the policy wrote.
         outcome: [B], the reward R of each sequence.
         group: B hashables, equal for the responses to one prompt.
         config: the knobs.
@@ -53,15 +53,17 @@ def compute_batch(
         VimpoBatch, in float32 (float64 for float64 inputs), on the inputs' device.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or the mask has other values than 0 and 1.
     """
     if outcome.shape != response_mask.shape[:1] or len(group) != len(outcome):
         raise ValueError(
             f"outcome and group must be [B] for response_mask {tuple(response_mask.shape)}, got {tuple(outcome.shape)} "
             f"and {len(group)}"
         )
+    if is_padding is not None and is_padding.shape != outcome.shape:
+        raise ValueError(f"is_padding must be [B] = {list(outcome.shape)}, got shape {list(is_padding.shape)}")
     real = torch.ones_like(outcome, dtype=torch.bool) if is_padding is None else ~is_padding.bool()
-    mask = response_mask.bool() & real.unsqueeze(-1)
+    mask = F.require_mask(response_mask) & real.unsqueeze(-1)
     td = F.td_residual(old_log_prob, ref_log_prob, token_kl, mask, config.beta)
     target = torch.where(real, outcome.to(td.dtype) - _baseline(outcome, group, real, config), 0.0).to(td.dtype)
     raw = F.implied_advantages(td, mask, lam)

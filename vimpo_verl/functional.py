@@ -14,9 +14,14 @@ Shapes: B sequences, T response tokens, V vocabulary entries. `response_mask` is
 Masked tokens (padding, tool output) have td = 0 and are skipped by the recurrences: they are no episode ends, and lam
 does not decay over them. Values found under the mask never matter, not even NaN. Inputs of half precision are
 accumulated in float32, because a sum over T log-ratios is small against its terms.
+
+Arguments that do not fit are refused with a ValueError that names them: shapes, devices, tensors that are not of a float
+dtype, masks that are not 0/1, numbers out of range. A bool mask is taken as it is; the values of any other are looked at,
+which on an accelerator waits for the device, so verl_patches hands over bools in every micro-batch.
 """
 
 from collections.abc import Hashable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -35,7 +40,7 @@ def exact_kl(policy_logits: Tensor, ref_logits: Tensor, *, chunk_size: int | Non
     Args:
         policy_logits: [..., V], any float dtype, already divided by the sampling temperature. -inf entries have
             probability zero.
-        ref_logits: [..., V], same shape.
+        ref_logits: [..., V], same shape, device and dtype: rounding one of them only would be read as KL.
         chunk_size: tokens handled at a time; None takes all at once. Extra memory is a few [chunk_size, V] tensors in
             both directions. The result does not depend on it.
 
@@ -44,13 +49,11 @@ def exact_kl(policy_logits: Tensor, ref_logits: Tensor, *, chunk_size: int | Non
         respect to both arguments (first order).
 
     Raises:
-        ValueError: shapes differ, the vocabulary is empty, or chunk_size is not positive.
+        ValueError: the logits differ in shape, device or dtype, the vocabulary is empty, or chunk_size is not positive.
     """
-    _require_same_shape(policy_logits=policy_logits, ref_logits=ref_logits)
-    if policy_logits.dim() == 0 or policy_logits.shape[-1] == 0:
-        raise ValueError(f"policy_logits must be [..., V] with V > 0, got shape {tuple(policy_logits.shape)}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size}")
+    _require_logits(policy_logits, ref_logits)
+    if chunk_size is not None and not (_is_int(chunk_size) and chunk_size >= 1):
+        raise ValueError(f"chunk_size must be a positive number of tokens, got {chunk_size!r}")
     vocab_size = policy_logits.shape[-1]
     kl = _ExactKL.apply(policy_logits.reshape(-1, vocab_size), ref_logits.reshape(-1, vocab_size), chunk_size)
     return kl.reshape(policy_logits.shape[:-1])
@@ -67,11 +70,11 @@ def topk_kl(policy_logits: Tensor, ref_logits: Tensor, k: int) -> Tensor:
         [...], float32 (float64 for float64 inputs). Not a divergence: it can be negative.
 
     Raises:
-        ValueError: shapes differ or k is outside 1..V.
+        ValueError: the logits do not fit, as for exact_kl, or k is outside 1..V.
     """
-    _require_same_shape(policy_logits=policy_logits, ref_logits=ref_logits)
-    if not 1 <= k <= policy_logits.shape[-1]:
-        raise ValueError(f"k must lie between 1 and the vocabulary size {policy_logits.shape[-1]}, got {k}")
+    _require_logits(policy_logits, ref_logits)
+    if not (_is_int(k) and 1 <= k <= policy_logits.shape[-1]):
+        raise ValueError(f"k must be an integer from 1 to the vocabulary size {policy_logits.shape[-1]}, got {k!r}")
     log_p = torch.log_softmax(_accumulating(policy_logits), dim=-1)
     log_q = torch.log_softmax(_accumulating(ref_logits), dim=-1)
     top_log_p, top = log_p.topk(k, dim=-1)
@@ -91,9 +94,9 @@ def sampled_kl(log_prob: Tensor, ref_log_prob: Tensor, estimator: str) -> Tensor
         Same shape; float32 for half precision inputs.
 
     Raises:
-        ValueError: shapes differ, or the estimator is unknown or "k1".
+        ValueError: the log-probs do not fit, or the estimator is unknown or "k1".
     """
-    _require_same_shape(log_prob=log_prob, ref_log_prob=ref_log_prob)
+    _require_fitting(log_prob=log_prob, ref_log_prob=ref_log_prob)
     log_ratio = _accumulating(log_prob) - _accumulating(ref_log_prob)
     if estimator == "k2":
         return 0.5 * log_ratio.square()
@@ -120,12 +123,14 @@ def td_residual(log_prob: Tensor, ref_log_prob: Tensor, token_kl: Tensor, respon
 
     Returns:
         [B, T], in units of reward; float32 for half precision inputs.
+
+    Raises:
+        ValueError: the tensors or the mask do not fit, or beta is not a positive number.
     """
-    _require_same_shape(
-        log_prob=log_prob, ref_log_prob=ref_log_prob, token_kl=token_kl, response_mask=response_mask
-    )
+    valid = _valid(response_mask, log_prob=log_prob, ref_log_prob=ref_log_prob, token_kl=token_kl)
+    _require_positive(beta=beta)
     td = beta * (_accumulating(log_prob) - _accumulating(ref_log_prob) - _accumulating(token_kl))
-    return _zero_where_masked(td, response_mask)
+    return _zero_where_masked(td, valid)
 
 
 def implied_values(td: Tensor, response_mask: Tensor) -> Tensor:
@@ -136,10 +141,13 @@ def implied_values(td: Tensor, response_mask: Tensor) -> Tensor:
         response_mask: [B, T], 0/1 or bool.
 
     Returns:
-        [B, T], relative to the reward at the end, in units of reward.
+        [B, T], relative to the reward at the end, in units of reward; float32 for half precision inputs.
+
+    Raises:
+        ValueError: td or the mask do not fit.
     """
-    _require_same_shape(td=td, response_mask=response_mask)
-    return _zero_where_masked(-_sum_from_here_on(_zero_where_masked(td, response_mask)), response_mask)
+    valid = _valid(response_mask, td=td)
+    return _zero_where_masked(-_sum_from_here_on(_zero_where_masked(_accumulating(td), valid)), valid)
 
 
 def implied_advantages(td: Tensor, response_mask: Tensor, lam: float) -> Tensor:
@@ -151,25 +159,24 @@ def implied_advantages(td: Tensor, response_mask: Tensor, lam: float) -> Tensor:
         lam: in [0, 1].
 
     Returns:
-        [B, T], raw (not whitened), zero where masked.
+        [B, T], raw (not whitened), zero where masked; float32 for half precision inputs.
 
     Raises:
-        ValueError: shapes differ or lam is outside [0, 1].
+        ValueError: td or the mask do not fit, or lam is outside [0, 1].
     """
-    if not 0.0 <= lam <= 1.0:
-        raise ValueError(f"lam must lie in [0, 1], got {lam}")
+    if not (isinstance(lam, Real) and 0.0 <= lam <= 1.0):
+        raise ValueError(f"lam must be a number in [0, 1], got {lam!r}")
+    valid = _valid(response_mask, td=td)
     if lam == 1.0:
-        return -implied_values(td, response_mask)
-    _require_same_shape(td=td, response_mask=response_mask)
-    td, valid = _zero_where_masked(td, response_mask), response_mask.bool()
-    running = torch.zeros_like(td[:, 0]) if td.shape[1] else td.new_zeros(td.shape[0])
-    advantages = []
+        return -implied_values(td, valid)
+    td = _zero_where_masked(_accumulating(td), valid)
+    running, advantages = td.new_zeros(td.shape[0]), []
     for t in reversed(range(td.shape[1])):
         running = torch.where(valid[:, t], td[:, t] + lam * running, running)
         advantages.append(running)
     if not advantages:
         return td
-    return _zero_where_masked(torch.stack(advantages[::-1], dim=1), response_mask)
+    return _zero_where_masked(torch.stack(advantages[::-1], dim=1), valid)
 
 
 def whiten(advantages: Tensor, response_mask: Tensor) -> Tensor:
@@ -183,11 +190,13 @@ def whiten(advantages: Tensor, response_mask: Tensor) -> Tensor:
         response_mask: [B, T], 0/1 or bool.
 
     Returns:
-        [B, T], zero where masked. A constant, a single valid token or none give zeros.
+        [B, T], zero where masked; float32 for half precision inputs. A constant, a single valid token or none give zeros.
+
+    Raises:
+        ValueError: the advantages or the mask do not fit.
     """
-    _require_same_shape(advantages=advantages, response_mask=response_mask)
-    valid = response_mask.bool()
-    advantages = _zero_where_masked(_accumulating(advantages), response_mask)
+    valid = _valid(response_mask, advantages=advantages)
+    advantages = _zero_where_masked(_accumulating(advantages), valid)
     count = int(valid.sum())
     if count < 2:
         return torch.zeros_like(advantages)
@@ -205,7 +214,7 @@ def group_baseline(outcome: Tensor, group: Sequence[Hashable], *, cap: float | N
     """V0: the mean reward of the prompt's group, at most `cap`. Detached.
 
     Args:
-        outcome: [B], the reward R of each sequence.
+        outcome: [B], the reward R of each sequence, any real dtype.
         group: B hashables; sequences of one prompt share one.
         cap: upper bound of the baseline, or None.
 
@@ -213,9 +222,9 @@ def group_baseline(outcome: Tensor, group: Sequence[Hashable], *, cap: float | N
         [B]; float32 for half precision inputs.
 
     Raises:
-        ValueError: outcome is not [B] or the lengths differ.
+        ValueError: outcome is not [B] (one reward a sequence), group has another length or cap is not a number.
     """
-    outcome, index = _grouped(outcome, group)
+    outcome, index = _grouped(outcome, group, cap)
     return _capped(_group_sums(outcome, index) / _group_sums(torch.ones_like(outcome), index), cap)
 
 
@@ -225,7 +234,7 @@ def leave_one_out_baseline(outcome: Tensor, group: Sequence[Hashable], *, cap: f
     A group of one has no other member; its baseline is its own reward, as with `group_baseline`, so its target is 0.
     Arguments, result and errors as for `group_baseline`.
     """
-    outcome, index = _grouped(outcome, group)
+    outcome, index = _grouped(outcome, group, cap)
     others = _group_sums(torch.ones_like(outcome), index) - 1
     mean_of_others = (_group_sums(outcome, index) - outcome) / others.clamp(min=1)
     return _capped(torch.where(others > 0, mean_of_others, outcome), cap)
@@ -258,17 +267,21 @@ def value_loss(
         [B]; the caller averages over the sequences of the global mini-batch. float32 for half precision inputs.
 
     Raises:
-        ValueError: shapes differ, or loss_type is unknown.
+        ValueError: the tensors, the mask or the target do not fit, a number is out of range, or loss_type is unknown.
     """
+    if loss_type not in VALUE_LOSS_TYPES:
+        raise ValueError(f"unknown loss_type {loss_type!r}: choose one of {', '.join(VALUE_LOSS_TYPES)}")
     td = td_residual(log_prob, ref_log_prob.detach(), token_kl.detach(), response_mask, beta)
-    if target.shape != td.shape[:-1]:
-        raise ValueError(f"target must be [B] = {list(td.shape[:-1])}, got shape {tuple(target.shape)}")
+    _require_real(target=target)
+    if target.shape != td.shape[:-1] or target.device != td.device:
+        raise ValueError(
+            f"target must be [B] = {list(td.shape[:-1])} on {td.device}, got {list(target.shape)} on {target.device}"
+        )
     residual = td.sum(-1) - _accumulating(target.detach())
     if loss_type == "squared_error":
         return 0.5 * residual.square()
-    if loss_type == "huber":
-        return torch.nn.functional.huber_loss(residual, torch.zeros_like(residual), reduction="none", delta=huber_delta)
-    raise ValueError(f"unknown loss_type {loss_type!r}: choose one of {', '.join(VALUE_LOSS_TYPES)}")
+    _require_positive(huber_delta=huber_delta)
+    return torch.nn.functional.huber_loss(residual, torch.zeros_like(residual), reduction="none", delta=huber_delta)
 
 
 # ---- numerics of the exact KL ----------------------------------------------------------------------------------------
@@ -329,8 +342,8 @@ def _accumulating(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _zero_where_masked(tensor: Tensor, response_mask: Tensor) -> Tensor:
-    return torch.where(response_mask.bool(), tensor, torch.zeros_like(tensor))
+def _zero_where_masked(tensor: Tensor, valid: Tensor) -> Tensor:
+    return torch.where(valid, tensor, torch.zeros_like(tensor))
 
 
 def _sum_from_here_on(tensor: Tensor) -> Tensor:
@@ -338,12 +351,22 @@ def _sum_from_here_on(tensor: Tensor) -> Tensor:
     return tensor.flip(-1).cumsum(-1).flip(-1)
 
 
-def _grouped(outcome: Tensor, group: Sequence[Hashable]) -> tuple[Tensor, Tensor]:
+def _grouped(outcome: Tensor, group: Sequence[Hashable], cap: float | None) -> tuple[Tensor, Tensor]:
     """Detached outcomes, and for each sequence the number of its group."""
-    if outcome.dim() != 1 or outcome.shape[0] != len(group):
-        raise ValueError(f"outcome must be [B] with one group a sequence, got {tuple(outcome.shape)} and {len(group)}")
+    _require_real(outcome=outcome)
+    if outcome.dim() != 1:
+        raise ValueError(f"outcome must be [B], one reward a sequence, got shape {list(outcome.shape)}")
+    if isinstance(group, Tensor):
+        group = group.tolist()  # tensors hash by identity: every sequence would be a group of its own
+    if len(group) != outcome.shape[0]:
+        raise ValueError(f"outcome has {outcome.shape[0]} rewards and group {len(group)} names: one a sequence in both")
+    if cap is not None and not (isinstance(cap, Real) and cap == cap):
+        raise ValueError(f"cap must be a number or None, got {cap!r}")
     number: dict[Hashable, int] = {}
-    index = [number.setdefault(name, len(number)) for name in group]
+    try:
+        index = [number.setdefault(name, len(number)) for name in group]
+    except TypeError as error:
+        raise ValueError(f"group must hold hashables, such as the prompts' uids: {error}") from None
     return _accumulating(outcome.detach()), torch.tensor(index, dtype=torch.long, device=outcome.device)
 
 
@@ -357,7 +380,69 @@ def _capped(baseline: Tensor, cap: float | None) -> Tensor:
     return baseline if cap is None else baseline.clamp(max=cap)
 
 
-def _require_same_shape(**tensors: Tensor) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError("shapes differ: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def require_mask(response_mask: Tensor) -> Tensor:
+    """The mask as bools.
+
+    Args:
+        response_mask: bool, or any other dtype with values 0 and 1 only.
+
+    Raises:
+        ValueError: it has another value. Truncating 0.5 or -1 to "valid" would train on tokens that nobody meant.
+    """
+    if response_mask.dtype == torch.bool:
+        return response_mask
+    valid = response_mask == 1
+    strange = response_mask[~(valid | (response_mask == 0))]
+    if strange.numel():
+        raise ValueError(
+            f"response_mask must hold 0 and 1 only, got {strange[0].item()} ({strange.numel()} of {valid.numel()} entries "
+            "are neither)"
+        )
+    return valid
+
+
+def _valid(response_mask: Tensor, **tensors: Tensor) -> Tensor:
+    """The mask of [B, T] tensors as bools, once everything fits."""
+    _require_fitting(response_mask=response_mask, **tensors)
+    if response_mask.dim() != 2:
+        names = ", ".join([*tensors, "response_mask"])
+        raise ValueError(f"{names} must be [B, T], got shape {list(response_mask.shape)}")
+    return require_mask(response_mask)
+
+
+def _require_logits(policy_logits: Tensor, ref_logits: Tensor) -> None:
+    _require_fitting(policy_logits=policy_logits, ref_logits=ref_logits)
+    if policy_logits.dim() == 0 or policy_logits.shape[-1] == 0:
+        raise ValueError(f"policy_logits must be [..., V] with V > 0, got shape {list(policy_logits.shape)}")
+    if policy_logits.dtype != ref_logits.dtype:
+        raise ValueError(f"dtypes differ: policy_logits {policy_logits.dtype}, ref_logits {ref_logits.dtype}")
+
+
+def _require_fitting(**tensors: Tensor) -> None:
+    """One shape and one device for all; a float dtype for all but the mask."""
+    for what, of in (("shapes", lambda tensor: list(tensor.shape)), ("devices", lambda tensor: str(tensor.device))):
+        found = {name: of(tensor) for name, tensor in tensors.items()}
+        if any(value != next(iter(found.values())) for value in found.values()):
+            raise ValueError(f"{what} differ: " + ", ".join(f"{name} {value}" for name, value in found.items()))
+    for name, tensor in tensors.items():
+        if name != "response_mask" and not tensor.is_floating_point():
+            raise ValueError(f"{name} must be of a float dtype, got {tensor.dtype}")
+
+
+def _require_real(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_complex():
+            raise ValueError(f"{name} must be of a real dtype, got {tensor.dtype}")
+
+
+def _require_positive(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not (isinstance(number, Real) and 0 < number < float("inf")):
+            raise ValueError(f"{name} must be a number greater than 0, got {number!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

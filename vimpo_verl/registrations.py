@@ -90,7 +90,7 @@ def vimpo_advantage(
 
     Raises:
         RuntimeError: there is no kappa for this batch, because VIMPO's trainer is not in force.
-        ValueError: the joint pass belongs to another batch.
+        ValueError: the joint pass belongs to another batch, or the rewards have several channels.
     """
     output = _joint_pass_output.get()
     if output is None:
@@ -103,6 +103,12 @@ def vimpo_advantage(
         raise ValueError(
             f"the joint pass covers {tuple(output.token_kl.shape)} response tokens and the batch has "
             f"{tuple(response_mask.shape)}"
+        )
+    if token_level_rewards.shape != response_mask.shape:
+        raise ValueError(
+            f"token_level_rewards must be [B, T] = {list(response_mask.shape)}, got {list(token_level_rewards.shape)}: VIMPO "
+            "has one reward a response. Have the reward function return one number as its score; several channels can go "
+            "into its extra values, which verl logs"
         )
     output.result = compute_batch(
         old_log_prob=output.old_log_prob,
