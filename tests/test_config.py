@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 
 from vimpo_verl.config import PAPER_RECIPE, VimpoConfig, parse_config
+from vimpo_verl.reward_noise import parse_config as parse_noise
 
 
 def parsed(**section):
@@ -123,13 +124,17 @@ def test_something_that_is_no_section(section):
     assert "+algorithm.vimpo.<name>=<value>" in problem
 
 
-ANYTHING = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers())
+STRANGE = [10**400, "1e999", "nan", "-inf", "5e-4", "0x10", "1_000", "٣", 1j, b"1", math.nan, {}, "auto ", " 1"]
+ANYTHING = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers())
+    | st.sampled_from(STRANGE)
+)  # fmt: skip
 NAMES = st.sampled_from([field.name for field in fields(VimpoConfig)]) | st.text(max_size=8)
 
 
 @given(st.dictionaries(NAMES, ANYTHING, max_size=6))
 def test_property_a_section_is_usable_or_explained(section):
-    """Never an exception; no problems means that every value is the one given."""
+    """Never an exception; no problem means that every value is the one given."""
     config, problems = parse_config(section)
     if problems:
         assert all("algorithm.vimpo" in problem for problem in problems)
@@ -138,3 +143,20 @@ def test_property_a_section_is_usable_or_explained(section):
         taken = getattr(config, name)
         assert taken == value or taken == float(value)
         assert not isinstance(taken, float) or math.isfinite(taken)
+
+
+@given(st.dictionaries(st.sampled_from(["flip_prob", "seed"]) | st.text(max_size=8), ANYTHING, max_size=4))
+def test_property_the_section_of_the_noise_is_usable_or_explained(section):
+    config, problems = parse_noise(section)
+    if problems:
+        assert all("algorithm.reward_noise" in problem for problem in problems)
+        return
+    assert 0.0 <= config.flip_prob <= 1.0 and isinstance(config.seed, int)
+    assert config.flip_prob == float(section["flip_prob"]) and config.seed == section.get("seed", 0)
+
+
+@given(st.none() | st.integers() | st.text() | st.lists(st.integers()) | st.booleans())
+def test_property_what_is_no_section_is_explained(section):
+    for parse, name in ((parse_config, "+algorithm.vimpo."), (parse_noise, "+algorithm.reward_noise.")):
+        problems = parse(section)[1]
+        assert problems == [] if section is None else name in problems[0]

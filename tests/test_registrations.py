@@ -55,6 +55,16 @@ def test_the_estimator_refuses_the_joint_pass_of_another_batch():
         vimpo_advantage(REWARDS, MASK, UID)
 
 
+def test_the_estimator_refuses_rewards_of_several_channels():
+    with joint_pass_output(make_output()), pytest.raises(ValueError, match=r"token_level_rewards.*\[2, 2, 3\].*one reward"):
+        vimpo_advantage(torch.zeros(2, 2, 3), MASK, UID)
+
+
+def test_the_estimator_refuses_a_mask_that_is_not_0_and_1():
+    with joint_pass_output(make_output()), pytest.raises(ValueError, match="response_mask must hold 0 and 1 only, got 0.5"):
+        vimpo_advantage(REWARDS, 0.5 * MASK, UID)
+
+
 def test_the_estimator_through_verl():
     """verl's compute_advantage calls it with whatever verl calls estimators with."""
     from verl import DataProto

@@ -3,11 +3,19 @@
 On verl's own Hydra configuration. A run with another estimator is left exactly as it was.
 """
 
+import contextlib
+import functools
 import logging
+import math
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from verl_patches import recipe_checks
+from verl_patches.switch import knobs_of, noise_of
 from vimpo_verl.config import VimpoConfig
 
 # A GRPO recipe without KL, as a user has it.
@@ -164,6 +172,44 @@ def test_every_problem_is_listed_at_once():
         assert problem.strip().startswith(f"{number}. ")
     for override in together:
         assert any(override.removeprefix("+").split("=")[0] in problem for problem in problems), override
+
+
+KEYS = [
+    "algorithm.gamma", "algorithm.lam", "algorithm.use_kl_in_reward", "algorithm.rollout_correction",
+    "algorithm.rollout_correction.bypass_mode", "algorithm.rollout_correction.rollout_is",
+    "algorithm.rollout_correction.rollout_rs", "algorithm.vimpo", "algorithm.vimpo.beta", "algorithm.reward_noise",
+    "algorithm.reward_noise.flip_prob", "critic.enable", "trainer.use_v1", "trainer.v1.trainer_mode", "distillation.enabled",
+    "actor_rollout_ref.actor.strategy", "actor_rollout_ref.actor.policy_loss.loss_mode",
+    "actor_rollout_ref.actor.use_prefix_grouper", "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
+    "actor_rollout_ref.ref.strategy", "actor_rollout_ref.model.lora_rank", "actor_rollout_ref.model.use_fused_kernels",
+]  # fmt: skip
+VALUES = [None, True, False, 0, 1, 2, -1, 0.5, 1.5, math.nan, "", "x", "1.0", "sync", "fsdp", "vimpo", "token", [], [1], {}]
+
+
+@functools.cache
+def small_recipe() -> str:
+    """What the checks look at, without the rest of verl's configuration, as YAML."""
+    config, small = vimpo(), OmegaConf.create({})
+    others = ["algorithm.adv_estimator", "data.max_response_length", "actor_rollout_ref.rollout.n"]
+    others += [f"actor_rollout_ref.{name}" for name in ("actor.use_kl_loss", "ref.fsdp_config.ulysses_sequence_parallel_size")]
+    for key in [key for key in [*KEYS, *others, "reward"] if "vimpo" not in key and "noise" not in key]:
+        OmegaConf.update(small, key, OmegaConf.select(config, key), force_add=True)
+    return OmegaConf.to_yaml(small)
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), st.sampled_from(VALUES), max_size=4))
+def test_property_a_recipe_runs_or_is_refused_by_name(overrides):
+    """Whatever stands under a key that VIMPO looks at: sentences that name their key, never an exception."""
+    config = OmegaConf.create(small_recipe())
+    for key, value in sorted(overrides.items()):
+        with contextlib.suppress(OmegaConfBaseException):  # below something that is no section
+            OmegaConf.update(config, key, value, force_add=True)
+    problems = knobs_of(config)[1] + recipe_checks.problems(config)
+    problems += noise_of(config)[1] + recipe_checks.noise_problems(config)
+    for problem in problems:
+        assert problem.startswith(("algorithm.", "trainer.", "critic.", "distillation.", "actor_rollout_ref."))
+    if not overrides:
+        assert problems == []
 
 
 def test_nothing_is_changed_where_something_is_refused():

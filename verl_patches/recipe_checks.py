@@ -21,7 +21,9 @@ def problems(config: Any) -> list[str]:
     Returns:
         One sentence a problem; empty if the recipe fits.
     """
-    found: list[str] = []
+    found = list(_types(config))
+    if found:
+        return found  # the other checks compute with these values
     for check in (_algorithm, _trainer, _engine, _model, _losses):
         found += check(config)
     return found
@@ -66,6 +68,33 @@ def _noise_rewards(config: Any) -> Iterator[str]:
             "reward.reward_kwargs.overlong_buffer_cfg.enable=True: its penalty makes rewards that are neither 0 nor 1, "
             "and algorithm.reward_noise flips 0 and 1 only; write reward.reward_kwargs.overlong_buffer_cfg.enable=False"
         )
+
+
+# Keys whose values the checks compute with, or look into.
+_INTEGERS = (
+    "actor_rollout_ref.rollout.n",
+    "actor_rollout_ref.model.lora_rank",
+    "actor_rollout_ref.model.lora.rank",
+    "actor_rollout_ref.actor.ulysses_sequence_parallel_size",
+    "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
+    "actor_rollout_ref.ref.ulysses_sequence_parallel_size",
+    "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size",
+)
+_SECTIONS = ("algorithm.rollout_correction", "actor_rollout_ref.model.lora", "distillation", "critic")
+
+
+def _types(config: Any) -> Iterator[str]:
+    """What is neither left out nor of the type that verl documents for it."""
+    from omegaconf import DictConfig, OmegaConf
+
+    for key in _SECTIONS:
+        value = OmegaConf.select(config, key)
+        if value is not None and not isinstance(value, DictConfig):
+            yield f"{key}={value!r}: this is a section with keys of its own, as in verl's configuration; remove it"
+    for key in _INTEGERS:
+        value = OmegaConf.select(config, key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            yield f"{key}={value!r}: write an integer"
 
 
 def _algorithm(config: Any) -> Iterator[str]:

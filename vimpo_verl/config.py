@@ -4,11 +4,12 @@ They are read from `algorithm.vimpo` of verl's configuration (`+algorithm.vimpo.
 is verl's own `algorithm.lam`. Imports the standard library only.
 """
 
-import difflib
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
+
+from vimpo_verl import section as section_reader
+from vimpo_verl.section import flag, one_of
 
 SECTION = "algorithm.vimpo"
 
@@ -67,26 +68,9 @@ def parse_config(section: Mapping[str, Any] | None) -> tuple[VimpoConfig, list[s
         The configuration (defaults where a value was unusable) and the problems found, each a sentence that names the
         key and says what to write instead. The configuration may be used only if there are none.
     """
-    if section is None:
-        return VimpoConfig(), []
-    if not isinstance(section, Mapping):
-        return VimpoConfig(), [f"{SECTION}={section!r} is not a section: write +{SECTION}.<name>=<value>"]
-    known = {field.name for field in fields(VimpoConfig)}
-    problems = [_unknown_key(name, known) for name in section if name not in known]
-    values = {}
-    for name in known & set(section):
-        complaint, value = _CHECKS[name](section[name])
-        if complaint:
-            problems.append(f"{SECTION}.{name}={section[name]!r}: {complaint}")
-        else:
-            values[name] = value
-    return VimpoConfig(**values), sorted(problems) + _contradictions(VimpoConfig(**values))
-
-
-def _unknown_key(name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"did you mean {SECTION}.{near[0]}?" if near else "the keys are " + ", ".join(sorted(known))
-    return f"{SECTION}.{name} does not exist: {hint}"
+    values, problems = section_reader.read(section, SECTION, _CHECKS, f"+{SECTION}.<name>=<value>")
+    config = VimpoConfig(**values)
+    return config, problems + _contradictions(config)
 
 
 def _contradictions(config: VimpoConfig) -> list[str]:
@@ -100,26 +84,9 @@ def _contradictions(config: VimpoConfig) -> list[str]:
 
 # ---- one check a field: value -> (complaint or "", value in its type) ------------------------------------------------
 
-
-def _number(value: Any) -> float | None:
-    """A finite number, also from text such as 5e-4, which YAML 1.1 leaves a string; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _positive(value: Any) -> tuple[str, Any]:
-    number = _number(value)
-    return ("", number) if number is not None and number > 0 else ("write a number greater than 0", None)
-
-
-def _not_negative(value: Any) -> tuple[str, Any]:
-    number = _number(value)
-    return ("", number) if number is not None and number >= 0 else ("write a number, 0 or greater", None)
+_positive = section_reader.number_where(lambda number: number > 0, "write a number greater than 0")
+_not_negative = section_reader.number_where(lambda number: number >= 0, "write a number, 0 or greater")
+_cap = section_reader.number_where(lambda number: True, "write a number, or null for no cap")
 
 
 def _actor_coeff(value: Any) -> tuple[str, Any]:
@@ -130,21 +97,7 @@ def _actor_coeff(value: Any) -> tuple[str, Any]:
 
 
 def _number_or_none(value: Any) -> tuple[str, Any]:
-    if value is None:
-        return "", None
-    number = _number(value)
-    return ("", number) if number is not None else ("write a number, or null for no cap", None)
-
-
-def _flag(value: Any) -> tuple[str, Any]:
-    return ("", value) if isinstance(value, bool) else ("write true or false", None)
-
-
-def _one_of(*choices: str):
-    def check(value: Any) -> tuple[str, Any]:
-        return ("", value) if value in choices else (f"write one of {', '.join(choices)}", None)
-
-    return check
+    return ("", None) if value is None else _cap(value)
 
 
 def _kl_estimator(value: Any) -> tuple[str, Any]:
@@ -153,20 +106,20 @@ def _kl_estimator(value: Any) -> tuple[str, Any]:
             "k1 is the log-ratio itself, so rho - kappa would be zero for every token and nothing would be learnt; "
             "write exact, k2 or k3"
         ), None
-    return _one_of(*KL_ESTIMATORS)(value)
+    return one_of(*KL_ESTIMATORS)(value)
 
 
 _CHECKS = {
     "beta": _positive,
     "actor_coeff": _actor_coeff,
     "actor_alpha": _not_negative,
-    "actor_trust": _flag,
+    "actor_trust": flag,
     "kl_estimator": _kl_estimator,
-    "kappa_policy": _one_of(*KAPPA_POLICIES),
-    "whiten": _flag,
-    "use_actor": _flag,
-    "value_loss_type": _one_of(*VALUE_LOSS_TYPES),
+    "kappa_policy": one_of(*KAPPA_POLICIES),
+    "whiten": flag,
+    "use_actor": flag,
+    "value_loss_type": one_of(*VALUE_LOSS_TYPES),
     "huber_delta": _positive,
-    "baseline": _one_of(*BASELINES),
+    "baseline": one_of(*BASELINES),
     "baseline_cap": _number_or_none,
 }

@@ -5,12 +5,13 @@ prompt's place in its data set, and by nothing else: not by the algorithm, the a
 number of ranks. So two runs over the same data with the same seeds get the same flips. Imports the standard library only.
 """
 
-import difflib
 import hashlib
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
+
+from vimpo_verl import section as section_reader
 
 SECTION = "algorithm.reward_noise"
 
@@ -56,21 +57,8 @@ def parse_config(section: Mapping[str, Any] | None) -> tuple[RewardNoiseConfig, 
         The configuration (defaults where a value was unusable) and the problems found, each a sentence that names the
         key and says what to write instead. The configuration may be used only if there are none.
     """
-    if section is None:
-        return RewardNoiseConfig(), []
-    if not isinstance(section, Mapping):
-        return RewardNoiseConfig(), [f"{SECTION}={section!r} is not a section: write +{SECTION}.flip_prob=0.2"]
-    known = [field.name for field in fields(RewardNoiseConfig)]
-    problems = [_unknown_key(name, known) for name in section if name not in known]
-    values = {}
-    for name, check in (("flip_prob", _probability), ("seed", _integer)):
-        if name in section:
-            complaint, value = check(section[name])
-            if complaint:
-                problems.append(f"{SECTION}.{name}={section[name]!r}: {complaint}")
-            else:
-                values[name] = value
-    if "flip_prob" not in section and not problems:
+    values, problems = section_reader.read(section, SECTION, _CHECKS, f"+{SECTION}.flip_prob=0.2")
+    if section is not None and "flip_prob" not in values and not problems:
         problems.append(f"{SECTION} lacks flip_prob: write +{SECTION}.flip_prob=0.2, or remove the section")
     return RewardNoiseConfig(**values), problems
 
@@ -148,24 +136,9 @@ def _plain(part: Any) -> Any:
     return int(part)
 
 
-def _unknown_key(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"did you mean {SECTION}.{near[0]}?" if near else "the keys are " + ", ".join(known)
-    return f"{SECTION}.{name} does not exist: {hint}"
-
-
-def _probability(value: Any) -> tuple[str, float]:
-    complaint = "write a number from 0 to 1, such as 0.2"
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return complaint, 0.0
-    try:
-        number = float(value)  # also of text such as 1e-1, which YAML 1.1 leaves a string
-    except ValueError:
-        return complaint, 0.0
-    return ("", number) if 0.0 <= number <= 1.0 else (complaint, 0.0)
-
-
-def _integer(value: Any) -> tuple[str, int]:
-    if isinstance(value, bool) or not isinstance(value, int):
-        return "write an integer", 0
-    return "", value
+_CHECKS = {
+    "flip_prob": section_reader.number_where(
+        lambda number: 0.0 <= number <= 1.0, "write a number from 0 to 1, such as 0.2"
+    ),
+    "seed": section_reader.integer,
+}
