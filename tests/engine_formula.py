@@ -79,12 +79,14 @@ def actor_coeff(samples, sums, targets, beta, alpha=0.1):
 
 
 def step(models: Path, samples, *, temperature=1.0, beta=0.1, lam=1.0, lr=0.0, mini_batches=1, epochs=1, equal=False,
-         entropy_coeff=0.0, kl_coeff=0.0, coeff=None) -> dict:  # fmt: skip
+         entropy_coeff=0.0, kl_coeff=0.0, coeff=None, policy=None, weigh=None) -> dict:  # fmt: skip
     """One step with SGD. Returns tokens, coeff, and per update: value_loss, actor_loss, gradients; parameters at the end.
 
     entropy_coeff, kl_coeff: verl's own terms, token means of the entropy and of the low-variance KL to the reference.
+    policy: the one to start from, as an earlier step left it; None: the model on disk.
+    weigh: old log-probs of a sample, its position in the batch -> importance weights of its tokens in the actor loss.
     """
-    policy, ref = load(models / "policy"), load(models / ("policy" if equal else "ref"))
+    policy, ref = policy or load(models / "policy"), load(models / ("policy" if equal else "ref"))
     tokens = per_token(policy, ref, samples, temperature)
     white, sums, targets = advantages_and_targets(tokens, samples, beta, lam)
     coeff = actor_coeff(samples, sums, targets, beta) if coeff is None else coeff
@@ -103,7 +105,8 @@ def step(models: Path, samples, *, temperature=1.0, beta=0.1, lam=1.0, lr=0.0, m
                 for t in range(len(mask)):
                     if mask[t]:
                         ratio = torch.exp(new[t] - tokens["log_probs"][i][t])
-                        actor_loss = actor_loss + clipped(ratio, white[i][t]) / count
+                        weight = weigh(tokens["log_probs"][i], i)[t] if weigh else 1.0
+                        actor_loss = actor_loss + weight * clipped(ratio, white[i][t]) / count
                 entropy = -(log_p.exp() * log_p).sum(-1)
                 to_ref = tokens["ref_log_probs"][i] - new
                 low_variance_kl = torch.exp(to_ref) - to_ref - 1
@@ -117,8 +120,8 @@ def step(models: Path, samples, *, temperature=1.0, beta=0.1, lam=1.0, lr=0.0, m
             with torch.no_grad():
                 for p in policy.parameters():
                     p -= lr * p.grad
-    parameters = {name: p.detach() for name, p in policy.named_parameters()}
-    return {"tokens": tokens, "coeff": coeff, "updates": updates, "parameters": parameters}
+    parameters = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    return {"tokens": tokens, "coeff": coeff, "updates": updates, "parameters": parameters, "policy": policy}
 
 
 def clipped(ratio, advantage):

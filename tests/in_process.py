@@ -132,11 +132,11 @@ def make_config(path, *overrides):
 
 
 def make_trainer(config, monkeypatch):
-    """VIMPO's sync trainer with the hybrid worker in this process, and the queue that both use."""
+    """VIMPO's trainer of the configured mode with the hybrid worker in this process, and the queue that both use."""
     import transfer_queue
 
     import verl.workers.engine_workers as engine_workers
-    from verl_patches.trainer import VimpoTrainerSync
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
     from verl_patches.switch import knobs_of
     from verl_patches.worker import VimpoActorRolloutRefWorker
 
@@ -146,7 +146,7 @@ def make_trainer(config, monkeypatch):
     monkeypatch.setattr(engine_workers, "get_rollout_class", lambda name, mode: lambda **_: None)
     worker = VimpoActorRolloutRefWorker(config=config.actor_rollout_ref, role="actor_rollout_ref")
     worker.init_model()
-    trainer = object.__new__(VimpoTrainerSync)  # its __init__ starts Ray
+    trainer = object.__new__(TRAINER_REGISTRY[config.trainer.v1.trainer_mode])  # its __init__ starts Ray
     trainer.config, trainer.knobs, trainer.global_steps = config, knobs_of(config)[0], 1
     trainer.actor_rollout_wg = InProcessGroup(worker, queue)
     return trainer, queue

@@ -135,6 +135,7 @@ REFUSED = {
     "algorithm.lam=null": "algorithm.lam=1.0",
     "algorithm.use_kl_in_reward=True": "algorithm.use_kl_in_reward=False",
     "algorithm.rollout_correction.bypass_mode=True": "algorithm.rollout_correction.bypass_mode=False",
+    "algorithm.rollout_correction.rollout_rs=token_k1": "algorithm.rollout_correction.rollout_rs=null",
     "critic.enable=True": "remove critic.enable",
     "trainer.use_v1=False": "trainer.use_v1=True",
     "trainer.v1.trainer_mode=separate_async": "trainer.v1.trainer_mode=sync",
@@ -219,7 +220,15 @@ def test_nothing_is_changed_where_something_is_refused():
     assert OmegaConf.to_container(config, resolve=False) == before
 
 
-@pytest.mark.parametrize("key", ["trainer.v1.trainer_mode=colocate_async", "actor_rollout_ref.actor.strategy=fsdp2"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "trainer.v1.trainer_mode=colocate_async",
+        "actor_rollout_ref.actor.strategy=fsdp2",
+        "actor_rollout_ref.actor.ppo_epochs=3",
+        "algorithm.rollout_correction.rollout_is=token",
+    ],
+)
 def test_what_vimpo_supports_is_not_refused(key):
     validate(vimpo(key))
 

@@ -114,6 +114,11 @@ def _algorithm(config: Any) -> Iterator[str]:
             "algorithm.rollout_correction.bypass_mode=True: it skips the pass that kappa comes from; write "
             "algorithm.rollout_correction.bypass_mode=False"
         )
+    if correction.get("rollout_rs") is not None:
+        yield (
+            f"algorithm.rollout_correction.rollout_rs={correction.rollout_rs}: it masks tokens of the responses, and VIMPO's value "
+            "loss is about the sum over a whole response; write algorithm.rollout_correction.rollout_rs=null (rollout_is works)"
+        )
     if config.get("critic") is not None and config.critic.get("enable"):
         yield "critic.enable=True: VIMPO's values are implied by the policy, there is no critic; remove critic.enable"
 

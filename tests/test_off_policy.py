@@ -1,0 +1,130 @@
+"""Claim: where the responses are not the current policy's, or are used more than once, a step is still the formula's.
+
+Stale samples (trainer mode colocate_async): kappa, old log-probs, advantages and c_A belong to the policy that starts the
+update, whichever policy wrote the responses. Rollout correction: verl's importance weights (rollout_is) multiply L_A token by
+token and leave L_V alone: the optimum of L_V has a zero residual for every response, whatever distribution they come from.
+Several epochs: values, advantages and targets stay those of the old policy. Rejection (rollout_rs) and separate_async are
+refused in the driver (test_validation.py).
+
+verl's trainer stages and worker in one process (in_process.py) against float64; one whole run, marked slow, with samples that
+are really stale. Not claimed: that training learns as well from stale samples.
+"""
+
+import math
+
+import engine_formula
+import pytest
+import torch
+from engine_harness import make_samples, parameters_of
+from in_process import make_config, make_trainer, run_trainer_step
+from test_end_to_end import run_tiny
+
+OVERRIDES = ("+algorithm.vimpo.actor_coeff=0.3", "+algorithm.vimpo.actor_trust=false")
+FORMULA = {"lr": 0.1, "equal": True, "coeff": 0.3}
+SAMPLES = make_samples(seed=3, tool_tokens=False)
+
+
+def change(before, after) -> dict[str, torch.Tensor]:
+    return {name: after[name].double() - before[name].double() for name in before}
+
+
+def relative(actual, expected) -> float:
+    difference = sum((actual[name] - expected[name]).square().sum() for name in expected)
+    return (difference / sum(tensor.square().sum() for tensor in expected.values())).sqrt().item()
+
+
+def second_step(models, monkeypatch, *overrides, rollout_log_probs=False):
+    """Two steps on the same samples, which the first policy wrote: the second step's samples are stale.
+
+    Returns the trainer's metrics of the second step, its change of the parameters, and the queue's rows.
+    """
+    trainer, queue = make_trainer(make_config(models / "policy", *OVERRIDES, *overrides), monkeypatch)
+    run_trainer_step(trainer, queue, SAMPLES)
+    at_generation = [row["old_log_probs"] for row in queue.rows.values()]
+    start = queue.start
+
+    def start_with_log_probs_of_the_rollout(samples):
+        batch = start(samples)
+        for row, log_probs in zip(queue.rows.values(), at_generation, strict=True):
+            row["rollout_log_probs"] = log_probs
+        return batch
+
+    if rollout_log_probs:
+        queue.start = start_with_log_probs_of_the_rollout
+    engine = trainer.actor_rollout_wg.worker.actor.engine
+    before = parameters_of(engine)
+    metrics = run_trainer_step(trainer, queue, SAMPLES)
+    return metrics, change(before, parameters_of(engine)), list(queue.rows.values())
+
+
+def formula_of_second_step(models, weigh=None, **changed):
+    first = engine_formula.step(models, SAMPLES, **{**FORMULA, **changed})
+    second = engine_formula.step(models, SAMPLES, **{**FORMULA, **changed}, policy=first["policy"], weigh=weigh)
+    return first, second, change(first["parameters"], second["parameters"])
+
+
+@pytest.mark.parametrize("mode", ["sync", "colocate_async"])
+def test_stale_samples(models, monkeypatch, mode):
+    metrics, moved, rows = second_step(models, monkeypatch, f"trainer.v1.trainer_mode={mode}")
+    _, expected, expected_move = formula_of_second_step(models)
+    for row, old, kl in zip(rows, expected["tokens"]["log_probs"], expected["tokens"]["token_kl"], strict=True):
+        torch.testing.assert_close(row["old_log_probs"].double(), old, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(row["token_kl"].double(), kl, rtol=1e-3, atol=1e-5)
+    assert metrics["vimpo/value_loss"] == pytest.approx(expected["updates"][0]["value_loss"], rel=1e-4)
+    assert relative(moved, expected_move) < 1e-3
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights_multiply_the_actor_loss_alone(models, monkeypatch, level):
+    overrides = (
+        f"algorithm.rollout_correction.rollout_is={level}",
+        "algorithm.rollout_correction.rollout_is_threshold=1.05",
+    )
+    metrics, moved, rows = second_step(models, monkeypatch, *overrides, rollout_log_probs=True)
+    first, _, unweighted = formula_of_second_step(models)
+
+    def weigh(old_log_probs, i):
+        log_ratio = old_log_probs - first["tokens"]["log_probs"][i]
+        log_ratio = log_ratio if level == "token" else log_ratio.sum().expand_as(log_ratio)
+        return log_ratio.exp().clamp(max=1.05)
+
+    _, expected, expected_move = formula_of_second_step(models, weigh)
+    weights = torch.cat([row["rollout_is_weights"] for row in rows])
+    assert weights.max() == pytest.approx(1.05) and weights.min() < 0.95, "truncation and down-weighting take part"
+    assert metrics["vimpo/actor_loss"] == pytest.approx(expected["updates"][0]["actor_loss"], rel=1e-3)
+    assert metrics["vimpo/value_loss"] == pytest.approx(expected["updates"][0]["value_loss"], rel=1e-4)
+    assert relative(moved, expected_move) < 1e-3 < 0.02 < relative(moved, unweighted)
+
+
+def test_several_epochs(models, monkeypatch):
+    """ppo_epochs of the recipe, with several mini-batches: four updates a step, against the same in float64."""
+    overrides = ("actor_rollout_ref.actor.ppo_epochs=2", "actor_rollout_ref.actor.ppo_mini_batch_size=2")
+    metrics, moved, _ = second_step(models, monkeypatch, *overrides)
+    _, expected, expected_move = formula_of_second_step(models, epochs=2, mini_batches=2)
+    assert len(expected["updates"]) == 4
+    losses = [update["value_loss"] for update in expected["updates"]]
+    assert metrics["vimpo/value_loss"] == pytest.approx(sum(losses) / 4, rel=1e-3)
+    assert relative(moved, expected_move) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+def test_stale_samples_from_vllm(tmp_path):
+    """A whole run in mode colocate_async that is two batches ahead, with importance weights.
+
+    From the second step on the responses are an older policy's: the log-probs that vLLM had for them differ from the old
+    log-probs by far more than the 1e-3 that vLLM and the engine differ by, and the weights are no longer 1.
+    """
+    run = run_tiny(
+        tmp_path, "vimpo", 4, "trainer.v1.trainer_mode=colocate_async", "trainer.v1.colocate_async.num_warmup_batches=2",
+        "algorithm.rollout_correction.rollout_is=token",
+    )  # fmt: skip
+    assert sorted(run.steps) == [1, 2, 3, 4]
+    difference = {step: metrics["training/rollout_probs_diff_mean"] for step, metrics in run.steps.items()}
+    assert difference[1] < 1e-3 < 1e-2 < min(difference[3], difference[4])
+    assert run.steps[1]["vimpo/kl"] == 0.0 < min(run.steps[step]["vimpo/kl"] for step in (2, 3, 4))
+    for step in run.steps.values():
+        assert all(math.isfinite(value) for name, value in step.items() if name.startswith("vimpo/"))
+    assert run.steps[1]["rollout_corr/rollout_is_mean"] == pytest.approx(1.0, abs=1e-3)
+    assert run.steps[4]["rollout_corr/rollout_is_std"] > 10 * run.steps[1]["rollout_corr/rollout_is_std"]
