@@ -17,6 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["vimpo_verl", "vimpo_verl.*", "verl_patches", "verl_patches.*"]),
+    package_data={"vimpo_verl.credit": ["page.css", "page.js"]},
     # verl itself is not required here: whoever installs this has chosen their verl, and `vimpo check` says if it fits.
     # verl's v1 trainer cannot be imported without the last four, and `pip install verl` alone leaves them out.
     install_requires=["torch", "wrapt>=1.16", "TransferQueue>=0.1.10", "cachetools", "fastapi", "uvicorn"],

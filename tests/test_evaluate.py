@@ -11,6 +11,7 @@ import math
 import os
 import random
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,10 +109,20 @@ def test_table_and_missing_data(tmp_path, capsys):
 
 
 def test_script_merges_the_last_checkpoint_once(tmp_path):
-    """The interpreter is a stand-in that writes its arguments down and makes what the merger would."""
+    """Stand-ins: verl's merger writes its arguments down and leaves a configuration; evaluate.py only the former."""
+    (tmp_path / "verl").mkdir()
+    (tmp_path / "verl/__init__.py").touch()
+    (tmp_path / "verl/model_merger.py").write_text(
+        "import os, pathlib, sys\n"
+        "open(os.environ['CALLS'], 'a').write(' '.join(sys.argv[1:]) + '\\n')\n"
+        "target = pathlib.Path(sys.argv[sys.argv.index('--target_dir') + 1])\n"
+        "target.mkdir()\n"
+        "(target / 'config.json').touch()\n"
+    )
     stub = tmp_path / "python"
     stub.write_text(
-        '#!/bin/bash\necho "$@" >>"$CALLS"\nwhile (($#)); do [[ $1 == --target_dir ]] && mkdir -p "$2" && touch "$2/config.json"; shift; done; true\n'
+        f'#!/bin/bash\n[[ $1 != -m ]] || PYTHONPATH={tmp_path}:{ROOT} exec {sys.executable} "$@"\n'
+        'echo "$@" >>"$CALLS"\n'
     )
     stub.chmod(0o755)
     checkpoints = tmp_path / "run/checkpoints"
@@ -125,12 +136,15 @@ def test_script_merges_the_last_checkpoint_once(tmp_path):
     actor = checkpoints / "global_step_40/actor"
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == 3, "one merge, two evaluations"
-    assert calls[0] == f"-m verl.model_merger merge --backend fsdp --local_dir {actor} --target_dir {actor}/merged.part"
-    assert f"--model {actor}/merged --data /data/aime2024.parquet" in calls[1] and calls[1].endswith(
-        "--n 32 --tensor-parallel 1 --seed 3"
-    )
+    assert calls[0] == f"merge --backend fsdp --local_dir {actor} --target_dir {actor}/merged.part"
+    assert f"--model {actor}/merged --data /data/aime2024.parquet --out {actor.parent}/evaluation" in calls[1]
+    assert calls[1].endswith("--n 32 --tensor-parallel 1 --seed 3")
     done = subprocess.run([*command, str(checkpoints / "global_step_60")], env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and "it is no checkpoint of verl" in done.stderr
+    assert done.returncode == 2 and "global_step_60: there is no such folder" in done.stderr
+    done = subprocess.run([*command, str(checkpoints)], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "is no model: expected a Hugging Face folder" in done.stderr
+    subprocess.run([*command, "Qwen/Qwen3-4B-Base"], env=env, check=True)
+    assert "--model Qwen/Qwen3-4B-Base" in (tmp_path / "calls").read_text().splitlines()[-1]
 
 
 def test_results_are_written_from_stored_responses(tmp_path, capsys):

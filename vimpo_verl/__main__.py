@@ -3,7 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
-from vimpo_verl.compare import command
+from vimpo_verl.compare import command as compare
+from vimpo_verl.credit import command as credit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -12,14 +13,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check", help="say whether algorithm.adv_estimator=vimpo would work in this environment")
     comparing = commands.add_parser("compare", help="compare runs: a table and plots, by step, tokens and wall-clock")
-    command.add_arguments(comparing)
+    compare.add_arguments(comparing)
+    crediting = commands.add_parser("credit", help="a page: which tokens of answers the policy gives credit to")
+    credit.add_arguments(crediting)
     arguments = parser.parse_args(argv)
     if arguments.command == "check":
         from vimpo_verl import check
 
         return check.main()
     if arguments.command == "compare":
-        return command.main(arguments)
+        return compare.main(arguments)
+    if arguments.command == "credit":
+        return credit.main(arguments)
     parser.error(f"unknown command {arguments.command}")
 
 

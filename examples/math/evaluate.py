@@ -119,7 +119,11 @@ class Engine:
         """The questions with "responses", n each. The prompt is what verl makes of it: the model's chat template."""
         outputs = self.llm.chat([question["prompt"] for question in questions], self.sampling, use_tqdm=True)
         return [
-            {**question, "responses": [sample.text for sample in output.outputs]}
+            {
+                **question,
+                "responses": [sample.text for sample in output.outputs],
+                "finished": [sample.finish_reason == "stop" for sample in output.outputs],
+            }
             for question, output in zip(questions, outputs, strict=True)
         ]
 

@@ -25,19 +25,9 @@ fail() { echo "evaluate.sh: $*" >&2; exit 2; }
 model=$1
 shift
 
-if [[ -f $model/checkpoints/latest_checkpointed_iteration.txt ]]; then
-    model=$model/checkpoints/global_step_$(<"$model/checkpoints/latest_checkpointed_iteration.txt")
-fi
-if [[ -d $model/actor ]]; then          # verl's FSDP shards: merged once, by verl's own merger
-    OUT=${OUT:-$model/evaluation}
-    merged=$model/actor/merged
-    if [[ ! -f $merged/config.json ]]; then
-        "$PYTHON" -m verl.model_merger merge --backend fsdp --local_dir "$model/actor" --target_dir "$merged.part"
-        mv "$merged.part" "$merged"     # a folder that is there is whole
-    fi
-    model=$merged
-elif [[ $model == */global_step_* ]]; then
-    fail "no $model/actor: it is no checkpoint of verl"
+if [[ -e $model || $model == */global_step_* ]]; then    # else the name of a model on the hub
+    model=$("$PYTHON" -m vimpo_verl.checkpoint "$model")   # verl's FSDP shards are merged once, by verl's own merger
+    [[ $model != */actor/merged ]] || OUT=${OUT:-${model%/actor/merged}/evaluation}
 fi
 OUT=${OUT:-$ROOT/outputs/evaluation/$(basename "$model")}
 
