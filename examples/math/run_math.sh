@@ -75,6 +75,14 @@ esac
 ((PROMPT_LENGTH + RESPONSE_LENGTH <= MAX_TOKENS)) ||
     fail "MAX_TOKENS=$MAX_TOKENS cannot hold one sequence of PROMPT_LENGTH + RESPONSE_LENGTH = $((PROMPT_LENGTH + RESPONSE_LENGTH)) tokens"
 
+# ------------------------------------------------------------------ who can reach the run
+# Ray runs what whoever reaches its ports sends it. A run on one node that starts its own Ray keeps it, and verl's and vLLM's servers,
+# which take Ray's address, on the loopback address. Otherwise: RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1 (Ray's name; it works on Linux, too).
+if ((NNODES == 1)) && [[ -z ${RAY_ADDRESS:-} && ! -e ${RAY_TMPDIR:-/tmp}/ray/ray_current_cluster ]]; then
+    export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=${RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER:-0}
+    [[ $RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER != 0 ]] || export VLLM_HOST_IP=${VLLM_HOST_IP:-127.0.0.1}
+fi
+
 # ------------------------------------------------------------------ where things are
 # Absolute, because Ray starts verl's processes in other folders and on other nodes.
 [[ $DATA == /* ]] || DATA=$PWD/$DATA
