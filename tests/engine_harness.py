@@ -17,6 +17,7 @@ import ulysses_on_cpu
 from tensordict import TensorDict
 
 VOCABULARY = 48
+LIMIT = 12  # tokens, of the longest responses
 EOS = 1
 
 
@@ -91,13 +92,26 @@ def make_samples(seed: int = 0, prompts: int = 4, group_size: int = 2, tool_toke
     for p in range(prompts):
         prompt = tokens(draw(2, 7))
         for _ in range(group_size):
-            response = tokens(draw(4, 13))
+            response = tokens(draw(4, LIMIT + 1))
             mask = [1] * len(response)
             if tool_tokens and len(samples) % 3 == 0:
                 mask[1:3] = [0, 0]
             samples.append(Sample(f"p{p}", prompt, response, tuple(mask), float(draw(0, 2))))
     if tool_tokens:
         samples[-1] = replace(samples[-1], mask=(0,) * len(samples[-1].mask))
+    return samples
+
+
+def make_uneven_samples() -> list[Sample]:
+    """Groups of 1, 3 and 4; one empty response; the group of 4 cut at the limit, one of them with tool output."""
+    samples = make_samples(seed=5, prompts=8, group_size=1, tool_tokens=False)
+    uids = ("one", "three", "three", "three", "four", "four", "four", "four")
+    samples = [replace(s, uid=uid, outcome=float(i % 2)) for i, (s, uid) in enumerate(zip(samples, uids, strict=True))]
+    samples[2] = replace(samples[2], response=(), mask=())
+    for i in range(4, 8):
+        response = (samples[i].response * 3)[:LIMIT]
+        samples[i] = replace(samples[i], prompt=samples[4].prompt, response=response, mask=(1,) * LIMIT)
+    samples[5] = replace(samples[5], mask=(1, 1, 0, 0) + (1,) * (LIMIT - 4))
     return samples
 
 
@@ -218,7 +232,9 @@ def knobs_of(setting: Setting):
 
 
 def nested(rows: list) -> torch.Tensor:
-    return torch.nested.as_nested_tensor([torch.as_tensor(row) for row in rows], layout=torch.jagged)
+    """Ragged rows as verl stores them; rows that are not tensors are tokens, and may be empty."""
+    rows = [row if isinstance(row, torch.Tensor) else torch.tensor(row, dtype=torch.int64) for row in rows]
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
 
 def to_tensordict(samples: list[Sample], **meta) -> TensorDict:

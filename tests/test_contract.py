@@ -8,6 +8,9 @@ Not claimed: that verl does the same behind the same names; the engine and end-t
 import ast
 import importlib
 import inspect
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
@@ -335,6 +338,12 @@ def test_configuration_key(verls_configuration, key):
     assert section is not None and name in section, f"{where}: verl's configuration no longer has it"
     if CONFIG_KEYS[key] is not ANY:
         assert section[name] == CONFIG_KEYS[key], f"{where}: the default was {CONFIG_KEYS[key]!r}, now {section[name]!r}"
+
+
+def test_verl_loads_plugins_by_entry_point():
+    code = "import sys, verl; sys.exit('vimpo_verl.plugin' not in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "VERL_USE_EXTERNAL_PLUGINS": "auto"})
+    assert done.returncode == 0, f"entry point, verl {verl.__version__}: `import verl` no longer loads the group verl.plugins"
 
 
 def test_every_seam_has_its_contract():

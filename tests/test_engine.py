@@ -9,7 +9,7 @@ Not covered here: Ray and the TransferQueue (test_trainer.py, test_end_to_end.py
 import engine_formula
 import pytest
 import torch
-from engine_harness import Setting, joint_pass, make_samples, make_workers, run_step
+from engine_harness import Setting, joint_pass, make_samples, make_uneven_samples, make_workers, run_step
 
 # float32 through two layers against float64.
 TOLERANCE = 1e-5
@@ -51,6 +51,27 @@ def test_a_step_agrees_with_the_formula(models, strategy, use_remove_padding):
     assert_close(result.metrics["vimpo/value_loss"], expected["updates"][0]["value_loss"])
     assert_close(result.metrics["loss"], expected["updates"][0]["value_loss"])  # at ratio 1 the actor loss is zero
     assert expected["coeff"] > 1e-3, "the actor branch would not be tested"
+
+
+def test_a_step_on_uneven_groups_agrees_with_the_formula(models):
+    """Groups of 1, 3 and 4, an empty response, responses cut at the limit: three updates.
+
+    The logged value loss leaves out the constant 1/2 (R - V0)^2 of a response without a valid token, which has no gradient.
+    """
+    samples = make_uneven_samples()
+    result = run_step(models, Setting(epochs=3, lr=0.1), samples)
+    expected = engine_formula.step(models, samples, lr=0.1, epochs=3)
+    assert_step_agrees(result, expected)
+    assert_gradients_close(result.parameters, expected["parameters"])
+    (empty,) = [i for i, sample in enumerate(samples) if not sample.response]
+    constant = 0.5 * targets_of(samples)[empty] ** 2 / len(samples)
+    assert constant > 0.01
+    assert_close(result.metrics["vimpo/value_loss"] + constant, _mean(u["value_loss"] for u in expected["updates"]))
+
+
+def targets_of(samples):
+    groups = [[s.outcome for s in samples if s.uid == sample.uid] for sample in samples]
+    return [sample.outcome - sum(group) / len(group) for sample, group in zip(samples, groups, strict=True)]
 
 
 @pytest.mark.parametrize(

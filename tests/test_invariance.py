@@ -1,19 +1,21 @@
 """Claim: the result of a step does not depend on how it was computed.
 
 Gradients of the first update, parameters after three updates, per-token results and every `vimpo/` metric are the same
-for any micro-batch size, dynamic batch size or not, padding removed or not, FSDP1 or FSDP2, any order of the samples,
-verl's placeholder samples, activation checkpointing, and over data-parallel ranks, also with the members of a group on
-different ranks and a rank that has only placeholders.
+for any micro-batch size, dynamic batch size or not, padding removed or not, more padding, FSDP1 or FSDP2, any order of the
+samples, verl's placeholder samples, activation checkpointing, two sequence-parallel ranks, and two (marked slow: four)
+data-parallel ranks, also with the members of a group on different ranks and a rank that has only placeholders. For a batch
+with tool output and a response without a valid token, and for one with groups of 1, 3 and 4, an empty response, and responses
+cut at the limit.
 
 The engine computes in float32: 1e-6 relative to the norm for gradients, parameters and losses. bfloat16 is only bounded.
-Not covered: more than two ranks (marked slow), several machines, GPUs, where kernels may sum in another order.
+Not covered: several machines, and GPUs, where kernels may sum in another order.
 """
 
 from dataclasses import replace
 
 import pytest
 import torch
-from engine_harness import Setting, make_samples, placeholders, run_on_ranks, run_step
+from engine_harness import Setting, make_samples, make_uneven_samples, placeholders, run_on_ranks, run_step
 
 TOLERANCE = 1e-6
 # Three updates, which move the policy far enough for clipping to take part; both branches of the loss matter.
@@ -31,9 +33,17 @@ ELSEHOW = {
 }
 
 
+BATCHES = {"even": make_samples(), "uneven": make_uneven_samples()}
+
+
 @pytest.fixture(scope="module")
-def base(models):
-    return run_step(models, BASE, make_samples())
+def bases(models):
+    return {name: run_step(models, BASE, samples) for name, samples in BATCHES.items()}
+
+
+@pytest.fixture(scope="module")
+def base(bases):
+    return bases["even"]
 
 
 def relative(actual, expected) -> float:
@@ -65,23 +75,28 @@ def assert_same(actual, expected, rows=None, tolerance=TOLERANCE):
         assert found[name] == pytest.approx(value, rel=10 * tolerance, abs=tolerance), name
 
 
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("how", ELSEHOW)
-def test_however_it_is_computed(models, base, how):
-    assert_same(run_step(models, replace(BASE, **ELSEHOW[how]), make_samples()), base)
+def test_however_it_is_computed(models, bases, batch, how):
+    assert_same(run_step(models, replace(BASE, **ELSEHOW[how]), BATCHES[batch]), bases[batch])
 
 
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_order_of_the_samples(models, base, seed):
+def test_order_of_the_samples(models, bases, batch, seed):
     order = torch.randperm(8, generator=torch.Generator().manual_seed(seed)).tolist()
-    samples = make_samples()
-    result = run_step(models, BASE, [samples[i] for i in order])
-    assert_same(result, base, rows=[order.index(i) for i in range(8)])
+    result = run_step(models, BASE, [BATCHES[batch][i] for i in order])
+    assert_same(result, bases[batch], rows=[order.index(i) for i in range(8)])
 
 
-@pytest.mark.parametrize("where", ["behind", "in front", "in their own micro-batches"])
+@pytest.mark.parametrize("where", ["behind", "in front", "in their own micro-batches", "as more padding"])
 def test_placeholder_samples_count_nowhere(models, base, where):
+    """They have 128 tokens, so where padding is kept they are also more padding for the samples beside them."""
     samples = make_samples()
-    if where == "in front":
+    if where == "as more padding":
+        setting = replace(BASE, use_remove_padding=False, micro_batch_size=6)
+        result, rows = run_step(models, setting, samples + placeholders(4)), range(8)
+    elif where == "in front":
         result, rows = run_step(models, BASE, placeholders(3) + samples + placeholders(1)), range(3, 11)
     else:
         setting = replace(BASE, micro_batch_size=1 if where == "in their own micro-batches" else 4)
@@ -123,7 +138,7 @@ def dealt(samples, ranks, mini_batches=1):
 
 
 def rank_jobs(ranks):
-    """Name -> setting and samples, whose first len(make_samples()) real ones are those of BASE in some order."""
+    """Name -> setting and samples, whose real ones are those of one of BATCHES in some order."""
     samples = make_samples()
     two_mini_batches = replace(BASE, mini_batches=2, micro_batch_size=1)
     return {
@@ -134,6 +149,10 @@ def rank_jobs(ranks):
         "padding kept": (replace(BASE, use_remove_padding=False, micro_batch_size=1), dealt(samples, ranks)),
         "two mini-batches": (two_mini_batches, dealt(samples, ranks, mini_batches=2)),
         "ranks of placeholders only": (BASE, samples + placeholders((ranks - 1) * len(samples))),
+        "uneven groups over ranks": (BASE, dealt(BATCHES["uneven"], ranks)),
+        "uneven groups, FSDP1, padding kept": (
+            replace(BASE, strategy="fsdp", use_remove_padding=False), dealt(BATCHES["uneven"], ranks)
+        ),
     }
 
 
@@ -141,6 +160,7 @@ def rank_jobs(ranks):
 SEQUENCE_PARALLEL_JOBS = {
     "sequence parallel": (replace(BASE, sp_size=2), make_samples()),
     "sequence parallel, dynamic batch": (replace(BASE, sp_size=2, micro_batch_size=None), make_samples()),
+    "sequence parallel, uneven groups": (replace(BASE, sp_size=2, micro_batch_size=1), BATCHES["uneven"]),
     "sequence parallel, current kappa": (
         replace(BASE, sp_size=2, knobs={**BASE.knobs, "kappa_policy": "current"}),
         make_samples(),
@@ -162,7 +182,8 @@ def on_two_ranks(models):
 
 
 def check_job(models, job, result):
-    (setting, ordered), samples = job, make_samples()
+    setting, ordered = job
+    samples = next(batch for batch in BATCHES.values() if batch[0] in ordered)
     plain = replace(BASE, mini_batches=setting.mini_batches, micro_batch_size=1, knobs=setting.knobs)
     expected = run_step(models, plain, samples)
     tolerance = 1e-5 if setting.use_fused_kernels else TOLERANCE  # the fused head multiplies in another order

@@ -113,8 +113,8 @@ def test_several_epochs(models, monkeypatch):
 def test_stale_samples_from_vllm(tmp_path):
     """A whole run in mode colocate_async that is two batches ahead, with importance weights.
 
-    From the second step on the responses are an older policy's: the log-probs that vLLM had for them differ from the old
-    log-probs by far more than the 1e-3 that vLLM and the engine differ by, and the weights are no longer 1.
+    The later steps' responses are an older policy's: the probabilities that vLLM had for them are no longer those of the policy
+    that starts the update, and the weights are no longer 1.
     """
     run = run_tiny(
         tmp_path, "vimpo", 4, "trainer.v1.trainer_mode=colocate_async", "trainer.v1.colocate_async.num_warmup_batches=2",
@@ -122,7 +122,7 @@ def test_stale_samples_from_vllm(tmp_path):
     )  # fmt: skip
     assert sorted(run.steps) == [1, 2, 3, 4]
     difference = {step: metrics["training/rollout_probs_diff_mean"] for step, metrics in run.steps.items()}
-    assert difference[1] < 1e-3 < 1e-2 < min(difference[3], difference[4])
+    assert difference[1] < 1e-4 < 1e-3 < min(difference[3], difference[4])
     assert run.steps[1]["vimpo/kl"] == 0.0 < min(run.steps[step]["vimpo/kl"] for step in (2, 3, 4))
     for step in run.steps.values():
         assert all(math.isfinite(value) for name, value in step.items() if name.startswith("vimpo/"))

@@ -5,12 +5,16 @@ answers are in test_math_reward.py, the page's in test_credit.py. The listening 
 """
 
 import ast
+import contextlib
 import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -133,3 +137,30 @@ def test_a_ray_that_keeps_off_the_network_is_what_the_variable_makes():
     code = "from ray._private.services import get_node_ip_address as ip; print(ip())"
     env = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.split() == ["127.0.0.1"]
+
+
+def listeners(root: psutil.Process) -> Iterator[tuple[str, str]]:
+    """(process name, address) of every listening TCP socket below a process."""
+    for process in root.children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # gone meanwhile
+            for connection in process.net_connections(kind="tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    yield process.name(), connection.laddr.ip.removeprefix("::ffff:")
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.timeout(600)
+def test_a_run_listens_on_the_loopback_address_only(tmp_path):
+    """But for the store of torch's process group, which always listens on every address."""
+    command = ["bash", str(ROOT / "examples/tiny/run_tiny.sh"), "trainer.val_before_train=False", "trainer.test_freq=-1"]
+    env = {**os.environ, "STEPS": "2", "PROMPTS": "8", "RESPONSES": "4", "OUT": str(tmp_path)}
+    found: set[tuple[str, str]] = set()
+    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as run:
+        while run.poll() is None:
+            found |= set(listeners(psutil.Process(run.pid)))
+            time.sleep(1)
+    assert run.returncode == 0
+    assert {"raylet", "gcs_server"} <= {name for name, _ in found}
+    beyond = {name for name, address in found if address not in ("127.0.0.1", "::1")}
+    assert all(name.startswith("ray::WorkerDict") for name in beyond), found

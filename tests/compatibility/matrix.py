@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 RESULTS = HERE / "results.json"
 STEPS = 3
-FORMULA_TESTS = ("tests/test_engine.py", "tests/test_trainer.py")
+FORMULA_TESTS = ("tests/test_engine.py", "tests/test_trainer.py", "tests/test_off_policy.py")
 # All that the commands below need, so that settings of the caller's shell cannot change what is tested.
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "TMPDIR", "LANG")},
@@ -108,7 +108,7 @@ def run(python: Path, *arguments: str, **environment: str) -> subprocess.Complet
 
 def run_tests(python: Path, *files: str) -> dict:
     """pytest's counts, and the names of the tests that failed."""
-    done = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=0", "--durations-min=60", *files)
+    done = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *files)
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", done.stdout.splitlines()[-1])}
     failed = re.findall(r"^(?:FAILED|ERROR) \S+?::(.+?)(?: - .*)?$", done.stdout, flags=re.MULTILINE)
     return {"ok": done.returncode == 0, "passed": counts.get("passed", 0), "failed": failed}
