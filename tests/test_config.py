@@ -35,6 +35,7 @@ def test_the_defaults_are_those_of_the_design():
         "beta": 5e-4, "actor_coeff": "auto", "actor_alpha": 0.1, "actor_trust": True, "kl_estimator": "exact",
         "whiten": True, "use_actor": True, "value_loss_type": "squared_error", "huber_delta": 0.5,
         "baseline": "group_mean", "baseline_cap": None, "kappa_policy": "old",
+        "stage_timeout": 7200.0,
     }  # fmt: skip
     assert parsed(**PAPER_RECIPE) == VimpoConfig(actor_coeff=5e-3, actor_trust=False)
 
@@ -53,7 +54,7 @@ def test_everything_at_once():
     section = dict(
         beta=0.01, actor_coeff="auto", actor_alpha=0.3, actor_trust=False, kl_estimator="k3", whiten=True,
         use_actor=True, value_loss_type="huber", huber_delta=0.25, baseline="leave_one_out", baseline_cap=0.9,
-        kappa_policy="current",
+        kappa_policy="current", stage_timeout=60.0,
     )  # fmt: skip
     assert asdict(parsed(**section)) == section
     assert set(section) == {field.name for field in fields(VimpoConfig)}
@@ -71,6 +72,7 @@ BAD_VALUES = {
     "huber_delta": [0, -1, "x"],
     "baseline": ["mean", None],
     "baseline_cap": ["x", True, math.nan],
+    "stage_timeout": [0, -1, "never", True, math.inf],
     "kappa_policy": ["new", None],
 }
 

@@ -220,6 +220,26 @@ CONTRACT = {
         ("transfer_queue:kv_batch_put", Called(0, ("keys", "partition_id", "fields"))),
         ("transfer_queue:KVBatchMeta", Called(0, ("keys", "tags", "partition_id", "extra_info"))),
     ],
+    "complete checkpoints": [
+        (f"{TRAINER}._save_checkpoint", Parameters(("self",))),
+        (f"{TRAINER}._save_checkpoint", Mentions(("default_local_dir", "save_checkpoint", "max_ckpt_to_keep",
+                                                  "latest_checkpointed_iteration.txt"))),
+        (f"{TRAINER}._load_checkpoint", Parameters(("self",))),
+        (f"{TRAINER}._load_checkpoint", Mentions(("resume_mode", "resume_from_path", "default_local_dir",
+                                                  "find_latest_ckpt_path", "global_step_"))),
+        ("verl.utils.checkpoint.checkpoint_manager:get_checkpoint_tracker_filename", Called(1)),
+        (
+            f"{WORKERS}:ActorRolloutRefWorker.save_checkpoint",
+            Parameters(("self", "local_path", "hdfs_path", "global_step", "max_ckpt_to_keep")),
+        ),
+    ],
+    "bound on a stage": [
+        (f"{TRAINER}.fit", Mentions(("on_step_end", "_save_checkpoint", "_validate"))),
+        (f"{TRAINER}.step", Mentions(("prepare_step",))),
+        (f"{TRAINER}._step_once", Mentions(("on_sample_begin", "on_sample_end", "_balance_batch", "replay_buffer"))),
+        (f"{TRAINER}._balance_batch", Called(2, ("metrics",))),
+        ("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.__init__", Mentions(("pending_keys", "running_keys"))),
+    ],
     "reward noise": [
         (f"{TRAINER}._compute_advantage", Parameters(STEP)),
         (f"{TRAINER}._compute_advantage", Mentions(("rm_scores",))),

@@ -66,6 +66,20 @@ SEAMS = (
         upstream="volcengine/verl#7712 (reference log-probs for a registered policy loss)",
     ),
     Seam(
+        name="complete checkpoints",
+        module="verl.trainer.ppo.v1",
+        install="verl_patches.checkpoints:install",
+        touches="PPOTrainer._save_checkpoint, _load_checkpoint",
+        how="subclass",
+    ),
+    Seam(
+        name="bound on a stage",
+        module="verl.trainer.ppo.v1",
+        install="verl_patches.watchdog:install",
+        touches="PPOTrainer.init, fit and the stages of a step",
+        how="subclass",
+    ),
+    Seam(
         name="reward noise",
         module="verl.trainer.ppo.v1",
         install="verl_patches.reward_noise:install",

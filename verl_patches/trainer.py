@@ -1,10 +1,13 @@
 """Seam: VIMPO's trainers, in verl's registry under the names of the trainers they extend.
 
 Touches verl.trainer.ppo.v1.trainer_base.TRAINER_REGISTRY and, by subclassing, PPOTrainer's methods
-_init_resource_pool_mgr, _compute_old_log_prob, _compute_ref_log_prob, _compute_advantage and _update_actor. With another
-estimator the registered name still makes verl's own trainer. Checked against verl 0.9.1; no upstream issue.
+_init_resource_pool_mgr, _balance_batch, _compute_ref_log_prob, _compute_advantage and _update_actor, and those that
+verl_patches.checkpoints and verl_patches.watchdog name. With another estimator the registered name still makes verl's own
+trainer. Checked against verl 0.9.1; no upstream issue.
 """
 
+import math
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -18,10 +21,12 @@ from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
-from verl.workers.utils.padding import response_from_nested
+from verl.workers.utils.padding import response_from_nested, response_to_nested
+from verl_patches.checkpoints import CheckpointedTrainer
 from verl_patches.reward_noise import with_reward_noise
 from verl_patches.switch import is_vimpo, knobs_of
 from verl_patches.value_branch import ACTOR_COEFF, IS_REAL
+from verl_patches.watchdog import WatchedTrainer, Watchdog
 from verl_patches.worker import VimpoActorRolloutRefWorker
 from vimpo_verl.registrations import JointPassOutput, joint_pass_output
 
@@ -53,6 +58,27 @@ class VimpoTrainer:
         self.knobs, problems = knobs_of(config)
         if problems:
             raise ValueError("\n".join(problems))
+        self.watchdog = Watchdog(self.knobs.stage_timeout, self._describe_wait)
+
+    def _describe_wait(self, stage: str) -> str:
+        """What generation waits for, for the watchdog's message."""
+        if not stage.endswith("generation and rewards"):
+            return ""
+        buffer = self.replay_buffer
+        waiting = [*buffer.pending_keys["train"], *buffer.running_keys["train"]]
+        return f", waiting for the answers and rewards of {len(waiting)} prompts"
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args, **kwargs) -> KVBatchMeta:
+        """As verl's; says how many responses verl has dropped, because their generation or reward raised."""
+        config = self.config
+        asked = config.data.train_batch_size * config.actor_rollout_ref.rollout.n // self.parameter_sync_step
+        missing = metrics["vimpo/missing_responses"] = asked - len(batch.keys)
+        if missing:
+            _say(
+                f"step {self.global_steps}: {missing} of {asked} responses are missing: their generation or reward raised "
+                "('Error in _run_prompt' in the log). Training goes on with the others"
+            )
+        return super()._balance_batch(batch, metrics, *args, **kwargs)
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -73,7 +99,13 @@ class VimpoTrainer:
         mask = data["response_mask"]
         ref_log_prob = response_from_nested(data["ref_log_probs"], mask)
         token_kl = response_from_nested(data["token_kl"], mask)
-        _require_sound(batch.keys, mask, self.global_steps, ref_log_prob=ref_log_prob, token_kl=token_kl)
+        self._require_sound(
+            batch,
+            mask,
+            "the policy's or the reference's logits are not finite there",
+            ref_log_prob=ref_log_prob,
+            token_kl=token_kl,
+        )
         is_real = torch.tensor([not is_padding for is_padding in _is_padding(batch)], dtype=torch.float32)
         fields = {"ref_log_prob": ref_log_prob, "token_kl": token_kl, IS_REAL: is_real}
         tq.kv_batch_put(
@@ -83,8 +115,11 @@ class VimpoTrainer:
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         _require_one_output_a_session(batch.keys)
-        fields = ["old_log_probs", "ref_log_prob", "token_kl"]
+        fields = ["old_log_probs", "ref_log_prob", "token_kl", "rm_scores", "response_mask"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        mask, every_token = data["response_mask"], torch.ones_like(data["rm_scores"])
+        self._require_sound(batch, mask, "the policy's logits are not finite there", old_log_prob=data["old_log_probs"])
+        self._require_sound(batch, every_token, "the reward function returned it", reward=data["rm_scores"])
         padded = data.to_padded_tensor()
         output = JointPassOutput(
             old_log_prob=padded["old_log_probs"],
@@ -96,55 +131,73 @@ class VimpoTrainer:
         )
         with joint_pass_output(output):
             batch = super()._compute_advantage(batch, metrics)
-        metrics.update(output.result.metrics)
-        batch.extra_info[ACTOR_COEFF] = output.result.actor_coeff
+        result = output.result
+        finite = {"value": result.values, "advantage": result.advantages, "target": result.returns}
+        nested = {name: response_to_nested(tensor, mask) for name, tensor in finite.items()}
+        self._require_sound(batch, mask, "td or the residual overflows there", **nested)
+        metrics.update(result.metrics)
+        batch.extra_info[ACTOR_COEFF] = result.actor_coeff
         return batch
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._update_actor(batch, metrics)
         for name in [name for name in metrics if name.startswith("actor/vimpo/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)  # verl puts "actor/" before a worker's metrics
+        skipped = metrics["vimpo/update_skipped"] = float(not math.isfinite(metrics["actor/grad_norm"]))
+        if skipped:
+            _say(
+                f"step {self.global_steps}: the gradient is not finite (actor/grad_norm={metrics['actor/grad_norm']}): verl "
+                "has skipped the optimiser step, the weights are as before"
+            )
         return batch
 
+    def _require_sound(self, batch: KVBatchMeta, mask: torch.Tensor, reason: str, **per_token: torch.Tensor) -> None:
+        """A non-finite value on a valid token is a fault to report, not to hide.
 
-class VimpoTrainerSync(VimpoTrainer, PPOTrainerSync):
+        Args:
+            batch: verl's handle; equal parts of it, in its order, went to the data-parallel ranks.
+            mask, per_token: nested [B, response].
+            reason: what that means, for the message.
+
+        Raises:
+            FloatingPointError: naming the quantity, the sample, the token, the step and the rank.
+        """
+        ranks = _data_parallel_size(self.actor_rollout_wg)
+        valid = mask.values().bool()
+        for name, tensor in per_token.items():
+            bad = (valid & ~torch.isfinite(tensor.values())).nonzero()
+            if bad.numel():
+                position = bad[0].item()
+                sample = int(torch.searchsorted(tensor.offsets(), position, right=True)) - 1
+                raise FloatingPointError(
+                    f"step {self.global_steps}: {name} is {tensor.values()[position].item()} at response token "
+                    f"{position - int(tensor.offsets()[sample])} of sample {batch.keys[sample]} on data-parallel rank "
+                    f"{sample * ranks // len(batch.keys)} ({len(bad)} such tokens in the batch): {reason}"
+                )
+
+
+class VimpoTrainerSync(WatchedTrainer, CheckpointedTrainer, VimpoTrainer, PPOTrainerSync):
     """verl's trainer "sync" with VIMPO."""
 
     stock = PPOTrainerSync
 
 
-class VimpoTrainerColocateAsync(VimpoTrainer, PPOTrainerColocateAsync):
+class VimpoTrainerColocateAsync(WatchedTrainer, CheckpointedTrainer, VimpoTrainer, PPOTrainerColocateAsync):
     """verl's trainer "colocate_async" with VIMPO."""
 
     stock = PPOTrainerColocateAsync
 
 
+def _say(sentence: str) -> None:
+    print(f"vimpo_verl: {sentence}", file=sys.stderr, flush=True)
+
+
+def _data_parallel_size(worker_group: Any) -> int:
+    return max(getattr(worker_group, "_dispatch_info", {}).get("actor", [0])) + 1
+
+
 def _is_padding(batch: KVBatchMeta) -> list[bool]:
     return [bool(tag.get("is_padding", False)) for tag in batch.tags]
-
-
-def _require_sound(keys: list[str], response_mask: torch.Tensor, step: int, **per_token: torch.Tensor) -> None:
-    """A non-finite value on a valid token is a fault to report, not to hide.
-
-    Args:
-        keys: verl's name of each sample.
-        response_mask, per_token: nested [B, response].
-        step: verl's global step, for the message.
-
-    Raises:
-        FloatingPointError: naming the quantity, the sample and the token.
-    """
-    valid = response_mask.values().bool()
-    for name, tensor in per_token.items():
-        bad = (valid & ~torch.isfinite(tensor.values())).nonzero()
-        if bad.numel():
-            position = bad[0].item()
-            sample = int(torch.searchsorted(tensor.offsets(), position, right=True)) - 1
-            raise FloatingPointError(
-                f"step {step}: {name} is {tensor.values()[position].item()} at response token "
-                f"{position - int(tensor.offsets()[sample])} of sample {keys[sample]} ({len(bad)} such tokens in the "
-                "batch): the policy's or the reference's logits are not finite there"
-            )
 
 
 def _require_one_output_a_session(keys: list[str]) -> None:

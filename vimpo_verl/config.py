@@ -38,6 +38,8 @@ class VimpoConfig:
         huber_delta: where huber turns linear, in units of reward; > 0.
         baseline: V0: "group_mean" (the paper's) or "leave_one_out".
         baseline_cap: upper bound of V0, or None.
+        stage_timeout: seconds that one stage of a step (generation with rewards, update, checkpoint, weight sync, ...) may
+            take before the run is ended with a message, because verl itself waits for ever; > 0, or None.
     """
 
     beta: float = 5e-4
@@ -52,6 +54,7 @@ class VimpoConfig:
     huber_delta: float = 0.5
     baseline: str = "group_mean"
     baseline_cap: float | None = None
+    stage_timeout: float | None = 7200.0
 
 
 # The paper's recipe where it differs from the defaults (section 5: c_A = 5e-3, no trust factor).
@@ -89,6 +92,10 @@ _not_negative = section_reader.number_where(lambda number: number >= 0, "write a
 _cap = section_reader.number_where(lambda number: True, "write a number, or null for no cap")
 
 
+def _positive_or_none(value: Any) -> tuple[str, Any]:
+    return ("", None) if value is None else _positive(value)
+
+
 def _actor_coeff(value: Any) -> tuple[str, Any]:
     if value == "auto":
         return "", value
@@ -122,4 +129,5 @@ _CHECKS = {
     "huber_delta": _positive,
     "baseline": one_of(*BASELINES),
     "baseline_cap": _number_or_none,
+    "stage_timeout": _positive_or_none,
 }
