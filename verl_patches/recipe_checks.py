@@ -180,7 +180,7 @@ def _model(config: Any) -> Iterator[str]:
 
 def has_lora(model: Any) -> bool:
     """Whether verl's model section asks for LoRA adapters."""
-    rank = (model.get("lora") or {}).get("rank", 0) or model.get("lora_rank", 0)
+    rank = (model.get("lora") or {}).get("rank", 0) or model.get("lora_rank", 0) or 0
     return rank > 0 or model.get("lora_adapter_path") is not None
 
 
