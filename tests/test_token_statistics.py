@@ -1,13 +1,23 @@
 """Claim: the joint pass's four numbers a token equal the plain float64 formulas, from logits or from hidden states.
 
 1e-5 relative for float32 logits and 1e-4 for bfloat16 ones, computed on the values as given; equal logits give a KL of
-exactly zero and equal log-probs, bit for bit. The Triton kernel is compared where there is a GPU.
+exactly zero and equal log-probs, bit for bit. The torch version is fast where float32 weights are safe and takes the
+plain formula elsewhere, and holds a quarter of the plain formula's temporaries at most. The Triton kernel is compared
+where there is a GPU. Not claimed: speed (benchmarks/kl_function.py).
 """
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import vimpo_verl.token_statistics as module
 from vimpo_verl.token_statistics import TokenStatistics, linear_token_statistics, token_statistics
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from tensor_memory import TensorMemory  # noqa: E402
 
 QWEN_VOCABULARY = 151_936
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -101,6 +111,59 @@ def test_extreme_logits(device):
     policy[0, 5], policy[1], policy[2], ref[2] = 1e4, 300 * policy[1], policy[2] + 1e5, ref[2] + 1e5
     statistics = token_statistics(policy.to(device), ref.to(device), labels.to(device))
     assert_agrees(statistics, plain(policy, ref, labels), 1e-5)
+
+
+@pytest.mark.parametrize("offset", [0.0, 5.0])
+@pytest.mark.parametrize("shift", [1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("peak", [0.0, 20.0])
+def test_a_small_kl_keeps_its_digits(shift, peak, offset):
+    """A policy near its reference, also one that is sure of a token, also when all logits have moved by the same."""
+    policy, ref, labels = inputs(6, 1_000, shift=shift)
+    policy[:, 7], ref[:, 7], labels[:3] = policy[:, 7] + peak, ref[:, 7] + peak, 7
+    ref += offset
+    statistics, expected = token_statistics(policy, ref, labels), plain(policy, ref, labels)
+    assert 0 < expected.token_kl.max() < shift**2
+    for name in TokenStatistics._fields:
+        result, wanted = getattr(statistics, name).double(), getattr(expected, name)
+        torch.testing.assert_close(result, wanted, rtol=1e-5, atol=1e-14, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.fixture
+def rows_by_the_formula(monkeypatch):
+    """Yields a list that gets the number of rows for which the torch version takes the plain float64 formula."""
+    original, rows = module._plain_statistics, []
+    monkeypatch.setattr(module, "_plain_statistics", lambda z, *rest: rows.append(len(z)) or original(z, *rest))
+    return rows
+
+
+@pytest.mark.parametrize("scale, shift", [(1, 0.0), (1, 1e-3), (1, 0.5), (3, 1.0)])
+def test_ordinary_logits_take_the_fast_way(rows_by_the_formula, scale, shift):
+    policy, ref, labels = inputs(4, QWEN_VOCABULARY, shift=shift)
+    token_statistics(scale * policy, scale * ref, labels)
+    assert not rows_by_the_formula
+
+
+@pytest.mark.parametrize("temperature", [None, torch.linspace(0.5, 2.0, 5)])
+def test_mass_that_float32_weights_cannot_see(rows_by_the_formula, temperature):
+    """Row 1: the reference's mass is where the policy has none. Row 3: all its logits have moved far."""
+    policy, ref, labels = inputs(5, 50)
+    policy[1, :40] -= 250
+    ref[3] -= 60
+    assert_agrees(token_statistics(policy, ref, labels, temperature), plain(policy, ref, labels, temperature), 1e-5)
+    assert sum(rows_by_the_formula) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens, vocabulary", [(16, QWEN_VOCABULARY), (128, 32_000)])
+def test_extra_memory_is_at_most_a_quarter_of_the_plain_formulas(dtype, tokens, vocabulary):
+    policy, ref, labels = inputs(tokens, vocabulary, dtype)
+    with TensorMemory() as ours:
+        token_statistics(policy, ref, labels)
+    with TensorMemory() as plain_float32:
+        log_p, log_q = torch.log_softmax(policy.float(), -1), torch.log_softmax(ref.float(), -1)
+        p = log_p.exp()
+        kept = (p * (log_p - log_q)).sum(-1), -(p * log_p).sum(-1)
+    assert len(kept) == 2 and 0 < ours.peak <= plain_float32.peak / 4
 
 
 def test_inputs_are_not_modified():

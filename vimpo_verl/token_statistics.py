@@ -10,8 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Elements of one [chunk, V] temporary of the torch version: 2 MiB in float64, to stay in a CPU's cache.
-_CHUNK_ELEMENTS = 2**18
+# Elements of one [chunk, V] buffer of the torch version. Fewer, and the calls cost more than the work; more (4 MiB in
+# float64), and the buffers leave a CPU's cache. Between the two an eighth of the tokens, which bounds the buffers
+# against the logits.
+_SMALL_CHUNK, _LARGE_CHUNK, _CHUNKS = 2**16, 2**19, 8
+# Beyond these, in nats, the torch version takes the plain formula in float64: there float32 weights could lose mass.
+_MAX_LOG_RATIO, _MAX_LOG_NORMALISER_RATIO = 30.0, 10.0
 # Tokens whose logits `linear_token_statistics` makes at a time, as in verl's own fused output head.
 _LINEAR_CHUNK_TOKENS = 512
 
@@ -82,51 +86,94 @@ def linear_token_statistics(
     return TokenStatistics(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
+class _Buffers(NamedTuple):
+    """[rows, V] each, made once a call: on a CPU, fresh memory costs more than the arithmetic in it."""
+
+    shifted: Tensor  # dtype of the results, like w
+    w: Tensor
+    weights: Tensor  # float64, like the next two
+    log_ratio: Tensor
+    ratio: Tensor
+
+
 def _torch_token_statistics(
     policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, temperature: Tensor | None
 ) -> TokenStatistics:
     tokens, vocab_size = policy_logits.shape
     dtype = torch.float64 if policy_logits.dtype == torch.float64 else torch.float32
     out = TokenStatistics(*(policy_logits.new_empty(tokens, dtype=dtype) for _ in TokenStatistics._fields))
-    step = max(1, _CHUNK_ELEMENTS // max(vocab_size, 1))
+    step = _chunk_rows(tokens, vocab_size)
+    kinds = (dtype, dtype, torch.float64, torch.float64, torch.float64)
+    buffers = _Buffers(*(policy_logits.new_empty(step, vocab_size, dtype=kind) for kind in kinds))
     for start in range(0, tokens, step):
         rows = slice(start, start + step)
-        z, u = policy_logits[rows].double(), ref_logits[rows].double()
-        if temperature is not None:
-            scale = temperature[rows].unsqueeze(-1)
-            z, u = z / scale, u / scale
-        for target, result in zip(out, _chunk_statistics(z, u, labels[rows].unsqueeze(-1)), strict=True):
-            target[rows] = result.to(dtype)
+        z, u, label = policy_logits[rows], ref_logits[rows], labels[rows].unsqueeze(-1)
+        scale = None if temperature is None else temperature[rows].unsqueeze(-1).to(dtype)
+        results, safe = _chunk_statistics(z, u, label, scale, _Buffers(*(buffer[: len(z)] for buffer in buffers)))
+        if not safe.all():
+            odd = ~safe
+            plain = _plain_statistics(z[odd], u[odd], label[odd], None if scale is None else scale[odd])
+            for result, value in zip(results, plain, strict=True):
+                result[odd] = value
+        for target, result in zip(out, results, strict=True):
+            target[rows] = result
     return out
 
 
-def _chunk_statistics(z: Tensor, u: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four numbers of a chunk of logits [n, V] in float64, in which a KL, a small difference of large sums, is safe.
+def _chunk_rows(tokens: int, vocab_size: int) -> int:
+    smallest, largest = (elements // max(vocab_size, 1) for elements in (_SMALL_CHUNK, _LARGE_CHUNK))
+    return max(1, min(tokens, largest, max(smallest, tokens // _CHUNKS)))
 
-    With e = exp(z - max z) and s = sum e:  sum p z = (e . z) / s,  KL = (e . z - e . u) / s - lse(z) + lse(u).
+
+def _chunk_statistics(
+    z: Tensor, u: Tensor, label: Tensor, scale: Tensor | None, buffers: _Buffers
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The four numbers of each row of a chunk of logits [n, V], float64 [n], and where this way is safe, bool [n].
+
+    With w = exp(z - max z), s = sum w (so p = w / s) and the log-ratio r = u - z:
+
+        log p(y) = z_y - max z - log s                   entropy = log s - sum p (z - max z)
+        L = log sum p e^r = logsumexp(u) - logsumexp(z)  log q(y) = log p(y) + r_y - L
+        KL = L - sum p r
+
+    The weights may be float32: relative errors of at most e in them change the KL by at most 2 e KL. r, e^r and the
+    sums may not, because L and sum p r agree to second order in r.
     """
-    log_sum_u = torch.logsumexp(u, dim=-1)
-    label_z, label_u = z.gather(-1, label).squeeze(-1), u.gather(-1, label).squeeze(-1)
-    peak = z.amax(-1, keepdim=True)
-    e = (z - peak).exp_()
-    s = e.sum(-1)
-    log_sum_z = peak.squeeze(-1) + s.log()
-    mean_z = torch.linalg.vecdot(e, z) / s
-    mean_u = torch.linalg.vecdot(e, u) / s
-    kl = (mean_z - mean_u) - (log_sum_z - log_sum_u)
-    entropy = log_sum_z - mean_z
-    odd = ~(torch.isfinite(kl) & torch.isfinite(entropy))  # 0 * inf: some entry is impossible
-    if odd.any():
-        kl[odd], entropy[odd] = _with_impossible_entries(z[odd], u[odd])
-    return label_z - log_sum_z, label_u - log_sum_u, kl, entropy
+    r = buffers.log_ratio.copy_(u).sub_(buffers.weights.copy_(z))
+    z = z if z.dtype == buffers.shifted.dtype else buffers.shifted.copy_(z)
+    shifted = torch.sub(z, z.amax(-1, keepdim=True), out=buffers.shifted)
+    if scale is not None:
+        r.div_(scale), shifted.div_(scale)
+    label_shifted, label_r = (x.gather(-1, label).squeeze(-1).double() for x in (shifted, r))
+    largest_r = r.amax(-1)
+
+    w = torch.exp(shifted, out=buffers.w)
+    sum_w_shifted = shifted.mul_(w).sum(-1).double()  # all terms of one sign: safe in float32
+    w = buffers.weights.copy_(w)
+    s = w.sum(-1)
+    log_normaliser_ratio = (torch.exp(r, out=buffers.ratio).mul_(w).sum(-1) / s).log()  # L
+    mean_r = r.mul_(w).sum(-1) / s
+
+    log_prob = label_shifted - s.log()
+    ref_log_prob = log_prob + label_r - log_normaliser_ratio
+    kl = log_normaliser_ratio - mean_r
+    entropy = s.log() - sum_w_shifted / s
+    # Comparisons with NaN are false: entries that are impossible (-inf) or not finite are for the plain formula too.
+    safe = (largest_r < _MAX_LOG_RATIO) & (log_normaliser_ratio.abs() < _MAX_LOG_NORMALISER_RATIO) & kl.isfinite()
+    return (log_prob, ref_log_prob, kl, entropy), safe
 
 
-def _with_impossible_entries(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """KL and entropy of rows in which an entry is -inf: it contributes nothing where the policy holds it impossible."""
+def _plain_statistics(
+    z: Tensor, u: Tensor, label: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same by the formula, in float64: an entry that the policy holds impossible contributes nothing."""
+    z, u = z.double(), u.double()
+    if scale is not None:
+        z, u = z / scale, u / scale
     log_p, log_q = torch.log_softmax(z, dim=-1), torch.log_softmax(u, dim=-1)
     p = log_p.exp()
-    kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
-    return torch.where(log_p.isnan().any(-1), torch.nan, kl), torch.special.entr(p).sum(-1)
+    kl = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
+    return log_p.gather(-1, label).squeeze(-1), log_q.gather(-1, label).squeeze(-1), kl, torch.special.entr(p).sum(-1)
 
 
 def _require_shapes(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, temperature: Tensor | None) -> None:
