@@ -1,20 +1,26 @@
 """Joint pass and update of VIMPO against GRPO's passes, on verl's own FSDP engine: time, peak memory, model forwards.
 
-Side by side in one process, with the workers of tests/engine_harness.py and a random-weight Qwen3 of the given shape. Three
-recipes: GRPO (old log-probs, update), GRPO with KL (old, reference, update with KL loss), VIMPO (joint pass, update). Everything
-of a step but generation. Ratios are to GRPO with KL. --tokens, --vocabulary and --ranks take several values, for growth.
+Side by side in one process, with the workers of tests/engine_harness.py and a random-weight Qwen3 of the given shape.
+Three recipes: GRPO (old log-probs, update), GRPO with KL (old, reference, update with KL loss), VIMPO (joint pass,
+update). Everything of a step but generation. The stages of all recipes are timed in turn; a ratio is to GRPO with KL
+in the same round: the median over the rounds, and the smallest and largest. --tokens, --vocabulary and --ranks take
+several values, for growth: each is varied with the first of the others. Several ranks are processes of one gloo group,
+which share the tokens and this machine.
 
-    python benchmarks/engine_step.py --json benchmarks/results/engine_step.json
-    python benchmarks/engine_step.py --tokens 512 1024 2048 4096 --json benchmarks/results/growth_tokens.json
-    python benchmarks/engine_step.py --shape 1.7B --tokens 8192 --dtype bf16      (on a GPU)
+    python benchmarks/engine_step.py --json benchmarks/results/engine_step_cpu.json
+    python benchmarks/engine_step.py --tokens 1024 2048 4096 --vocabulary 32000 64000 128000 --ranks 1 2 \\
+        --json benchmarks/results/growth_cpu.json
+    python benchmarks/engine_step.py --shape qwen3-1.7b --vocabulary 151936 --tokens 16384 --length 4096 \\
+        --dtype bf16 --json benchmarks/results/engine_step_gpu.json      (on a GPU)
 """
 
 import contextlib
 import sys
 import tempfile
-from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -22,16 +28,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import conftest  # noqa: E402, F401  sets the environment that verl reads at import
 import engine_harness as harness  # noqa: E402
 import torch  # noqa: E402
-from report import arguments, seconds, show  # noqa: E402
+from report import arguments, interleaved, show, spread  # noqa: E402
 from tensor_memory import TensorMemory, extra_bytes  # noqa: E402
 
 # hidden, intermediate, layers, heads, key-value heads, head dimension
 SHAPES = {
     "tiny": (64, 128, 2, 4, 2, 16),
     "small": (256, 512, 4, 4, 2, 64),
-    "0.6B": (1024, 3072, 28, 16, 8, 128),
-    "1.7B": (2048, 6144, 28, 16, 8, 128),
-    "4B": (2560, 9728, 36, 32, 8, 128),
+    "qwen3-0.6b": (1024, 3072, 28, 16, 8, 128),
+    "qwen3-1.7b": (2048, 6144, 28, 16, 8, 128),
+    "qwen3-4b": (2560, 9728, 36, 32, 8, 128),
 }
 RECIPES = ("grpo", "grpo_kl", "vimpo")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -142,30 +148,49 @@ def counted_forwards():
         FSDPEngineWithLMHead.forward_step = verls
 
 
-def measure(stages: Stages, tokens: int, vocabulary: int, repeats: int) -> list[dict]:
-    """A row for each recipe."""
-    rows = []
+def measure(stages: Stages, repeats: int) -> dict[str, dict[str, Any]]:
+    """Recipe -> times of a step in each round, bytes of its passes and of its update, forwards a sequence."""
+    calls = {(recipe, name): call for recipe in RECIPES for name, call in stages.of(recipe).items()}
+    taken = interleaved(calls, repeats)
+    found = {}
     for recipe in RECIPES:
-        row = {"tokens": tokens, "V": vocabulary, "recipe": recipe}
-        forwards = step_s = 0
-        passes_bytes = 0
-        for name, stage in stages.of(recipe).items():
+        mine = [(name, call) for (whose, name), call in calls.items() if whose == recipe]
+        forwards, used = 0.0, {}
+        for name, call in mine:
             with counted_forwards() as counted:
-                stage()
+                call()
             forwards += sum(counted) / len(stages.samples)
-            step_s += seconds(stage, repeats)
-            used = extra_bytes(stage, DEVICE)
-            if name == "update":
-                row["update MB"] = used / 1e6
-            else:
-                passes_bytes = max(passes_bytes, used)
-        row.update({"passes MB": passes_bytes / 1e6, "forwards a sequence": forwards, "step s": step_s})
-        rows.append(row)
-    base = rows[RECIPES.index("grpo_kl")]
-    for row in rows:
-        row["step ratio"] = row["step s"] / base["step s"]
-        row["update ratio"] = row["update MB"] / base["update MB"]
-        row["passes ratio"] = row["passes MB"] / base["passes MB"]
+            used[name] = extra_bytes(call, DEVICE)
+        update_bytes = used.pop("update")
+        rounds = zip(*(taken[recipe, name] for name, _ in mine), strict=True)
+        found[recipe] = {
+            "step s": [sum(stages_s) for stages_s in rounds],
+            "update bytes": update_bytes,
+            "passes bytes": max(used.values()),
+            "forwards": forwards,
+        }
+    return found
+
+
+def rows_of(found: dict[str, dict[str, Any]], **where: int) -> list[dict]:
+    """A row for each recipe."""
+    base, rows = found["grpo_kl"], []
+    for recipe, mine in found.items():
+        ratios = [own / kl for own, kl in zip(mine["step s"], base["step s"], strict=True)]
+        rows.append(
+            {
+                **where,
+                "recipe": recipe,
+                "forwards a sequence": mine["forwards"],
+                "step s": median(mine["step s"]),
+                "step ratio": median(ratios),
+                "rounds": spread(ratios),
+                "update MB": mine["update bytes"] / 1e6,
+                "update ratio": mine["update bytes"] / base["update bytes"],
+                "passes MB": mine["passes bytes"] / 1e6,
+                "passes ratio": mine["passes bytes"] / base["passes bytes"],
+            }
+        )
     return rows
 
 
@@ -179,23 +204,42 @@ def large_tensors(stages: Stages, vocabulary: int) -> dict[str, dict[str, int]]:
     return found
 
 
+def on_rank(rank: int, folder: Path, tokens: int, vocabulary: int, ranks: int, options) -> tuple[dict, dict]:
+    """What this rank measures with its share of the tokens, and the logits-sized tensors of its updates."""
+    samples = make_samples(tokens, vocabulary, options.length)
+    mine = samples[harness.slice_of_rank(len(samples), rank, ranks)]  # its own batch as far as the loss is concerned
+    setting = harness.Setting(
+        micro_batch_size=1, dtype=options.dtype, use_fused_kernels=bool(options.fused), equal_models=True
+    )
+    stages = Stages(folder, mine, setting)
+    return measure(stages, options.repeats), large_tensors(stages, vocabulary)
+
+
+def grid(options) -> list[tuple[int, int, int]]:
+    """(tokens, vocabulary, ranks): each varied with the first of the others."""
+    tokens, vocabulary, ranks = options.tokens[0], options.vocabulary[0], options.ranks[0]
+    points = chain(
+        ((t, vocabulary, ranks) for t in options.tokens),
+        ((tokens, v, ranks) for v in options.vocabulary),
+        ((tokens, vocabulary, r) for r in options.ranks),
+    )
+    return list(dict.fromkeys(points))
+
+
 def main() -> None:
     options = arguments(
-        __doc__.splitlines()[0], shape="small", vocabulary=[32_000], tokens=[2048], length=256, repeats=3, dtype="fp32",
-        fused=0,
+        __doc__.splitlines()[0], shape="small", vocabulary=[32_000], tokens=[2048], ranks=[1], length=256, repeats=5,
+        dtype="fp32", fused=0,
     )  # fmt: skip
     harness.start_process_group()
     rows, large = [], {}
-    for vocabulary in options.vocabulary:
+    for tokens, vocabulary, ranks in grid(options):
         with tempfile.TemporaryDirectory() as folder:
             make_model(Path(folder), options.shape, vocabulary)
-            for tokens in options.tokens:
-                setting = harness.Setting(
-                    micro_batch_size=1, dtype=options.dtype, use_fused_kernels=bool(options.fused), equal_models=True
-                )
-                stages = Stages(Path(folder), make_samples(tokens, vocabulary, options.length), replace(setting))
-                rows += measure(stages, tokens, vocabulary, options.repeats)
-                large = large_tensors(stages, vocabulary)
+            share = (Path(folder), tokens, vocabulary, ranks, options)
+            found, large = on_rank(0, *share) if ranks == 1 else harness.run_on_ranks(ranks, on_rank, *share)[0]
+        rows += rows_of(found, tokens=tokens, V=vocabulary, ranks=ranks)
+        print(rows[-1], flush=True)
     show(f"A step on verl's FSDP engine, {options.shape}", rows, options.json, logits_sized_tensors_of_update=large)
     for recipe, shapes in large.items():
         print(f"logits-sized tensors made in the update of {recipe}: {sum(shapes.values())} {shapes}")

@@ -11,7 +11,9 @@ import sys
 from report import arguments, show
 
 MODULES = ("verl", "verl.trainer.main_ppo")
-_TIMED = "import time, importlib; t = time.perf_counter(); importlib.import_module({!r}); print(time.perf_counter() - t)"
+_TIMED = (
+    "import time, importlib; t = time.perf_counter(); importlib.import_module({!r}); print(time.perf_counter() - t)"
+)
 
 
 def seconds_to_import(module: str, plugins: str) -> float:

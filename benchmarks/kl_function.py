@@ -1,17 +1,28 @@
-"""Token statistics of two logits tensors: ours against the plain formula, against torch.compile of it, and against a copy.
+"""Token statistics of two logits tensors: ours against the plain formula, torch.compile of it, and a copy.
 
-All side by side in one run. Ratios: "vs plain" and "vs compiled" are their time over ours; "of copy bandwidth" is the bytes of
-the two logits tensors over our time, over what copying one of them reaches (read and write counted). Extra memory is the
-largest sum of live tensors beside the inputs: from the allocator on a GPU, counted by a dispatch mode on a CPU.
+All side by side in one run, in turn. "vs plain" and "vs compiled" are their median time over ours, with the smallest
+and largest ratio of a round. "of copy bandwidth" is the bytes of the two logits tensors over our time, over what
+copying reaches (read and write counted). Extra memory is the largest sum of live tensors beside the inputs: from the
+allocator on a GPU, counted by a dispatch mode on a CPU. What does not fit into --memory-gb is left out and said: the
+plain formula, or the inputs themselves.
 
-    python benchmarks/kl_function.py --vocabulary 32000 151936 --tokens 1024 --json benchmarks/results/kl_function.json
+    python benchmarks/kl_function.py --memory-gb 9 --json benchmarks/results/kl_function_cpu.json
+    python benchmarks/kl_function.py --json benchmarks/results/kl_function_gpu.json      (on a GPU)
 """
 
+from statistics import median
+
 import torch
-from report import arguments, seconds, show
+from report import arguments, available_bytes, interleaved, show, spread
 from tensor_memory import extra_bytes
 
 from vimpo_verl.token_statistics import token_statistics
+
+DOES_NOT_FIT = "does not fit"
+# Bytes an element of the plain formula: five float32 tensors alive together; float32 copies of half inputs come and go.
+PLAIN_BYTES = {"float32": 20, "bfloat16": 24, "float16": 24}
+COPIED_TOKENS = 1024
+DRAWN_TOKENS = 256
 
 
 def plain(z, u, labels):
@@ -22,43 +33,61 @@ def plain(z, u, labels):
     return log_p.gather(-1, label).squeeze(-1), log_q.gather(-1, label).squeeze(-1), kl, entropy
 
 
-def compiled():
+def compiled(device: str):
     """torch.compile of the plain formula; None where there is no compiler."""
+    torch._dynamo.reset()  # else the second shape compiles for any shape, and the ninth not at all
+    function = torch.compile(plain, dynamic=False)
     try:
-        function = torch.compile(plain)
-        function(torch.zeros(2, 8), torch.zeros(2, 8), torch.zeros(2, dtype=torch.long))
+        function(*(torch.zeros(2, 8, device=device) for _ in range(2)), torch.zeros(2, dtype=torch.long, device=device))
     except Exception as error:
         print(f"torch.compile: {type(error).__name__}, not measured")
         return None
-    return torch.compile(plain)
+    return function
 
 
-def measure(dtype: str, vocabulary: int, tokens: int, compiled_plain, device: str) -> dict:
+def draw(tokens: int, vocabulary: int, dtype: torch.dtype, device: str, distance: float):
+    """Random logits of a policy, and of a reference at `distance`; a few tokens at a time, to hold no float32 copy."""
     generator = torch.Generator(device).manual_seed(0)
-    draw = {"generator": generator, "device": device, "dtype": torch.float32}
-    kind = getattr(torch, dtype)
-    z = (3 * torch.randn(tokens, vocabulary, **draw)).to(kind)
-    u = (z.float() + 0.3 * torch.randn(tokens, vocabulary, **draw)).to(kind)
-    labels = torch.randint(vocabulary, (tokens,), generator=generator, device=device)
-    copy = torch.empty_like(z)
-    ours_s, plain_s = seconds(lambda: token_statistics(z, u, labels)), seconds(lambda: plain(z, u, labels))
-    compiled_s = seconds(lambda: compiled_plain(z, u, labels)) if compiled_plain else None
-    copy_bandwidth = 2 * z.nbytes / seconds(lambda: copy.copy_(z))
-    ours_bytes = extra_bytes(lambda: token_statistics(z, u, labels), device)
-    plain_bytes = extra_bytes(lambda: plain(z, u, labels), device)
-    return {
-        "dtype": dtype,
-        "V": vocabulary,
-        "tokens": tokens,
-        "ours ms": 1e3 * ours_s,
-        "plain ms": 1e3 * plain_s,
-        "vs plain": plain_s / ours_s,
-        "vs compiled": compiled_s / ours_s if compiled_s else None,
-        "of copy bandwidth": 2 * z.nbytes / ours_s / copy_bandwidth,
-        "extra MB": ours_bytes / 1e6,
-        "plain extra MB": plain_bytes / 1e6,
-        "memory ratio": ours_bytes / plain_bytes,
-    }
+    z, u = (torch.empty(tokens, vocabulary, dtype=dtype, device=device) for _ in range(2))
+    for rows in (slice(start, start + DRAWN_TOKENS) for start in range(0, tokens, DRAWN_TOKENS)):
+        z[rows] = 3 * torch.randn(z[rows].shape, generator=generator, device=device)
+        u[rows] = z[rows] + distance * torch.randn(z[rows].shape, generator=generator, device=device)
+    return z, u, torch.randint(vocabulary, (tokens,), generator=generator, device=device)
+
+
+def measure(dtype: str, vocabulary: int, tokens: int, options) -> dict:
+    device, kind = options.device, getattr(torch, dtype)
+    row = {"dtype": dtype, "V": vocabulary, "tokens": tokens}
+    columns = ("ours ms", "plain ms", "vs plain", "vs plain, rounds", "vs compiled", "of copy bandwidth", "extra MB")
+    elements, limit = tokens * vocabulary, options.memory_gb * 1e9 or 0.8 * available_bytes(device)
+    inputs = 2 * elements * kind.itemsize + 2 * COPIED_TOKENS * vocabulary * kind.itemsize
+    if inputs > limit:
+        return {**row, **dict.fromkeys((*columns, "plain extra MB", "memory ratio"), DOES_NOT_FIT)}
+    plain_fits = inputs + elements * PLAIN_BYTES[dtype] <= limit
+
+    z, u, labels = draw(tokens, vocabulary, kind, device, options.distance)
+    source = z[:COPIED_TOKENS]
+    copy = torch.empty_like(source)
+    calls = {"ours": lambda: token_statistics(z, u, labels), "copy": lambda: copy.copy_(source)}
+    if plain_fits:
+        calls["plain"] = lambda: plain(z, u, labels)
+    if compiled_plain := compiled(device) if options.compiled else None:
+        calls["compiled"] = lambda: compiled_plain(z, u, labels)
+    taken = interleaved(calls, options.repeats)
+    ours = median(taken["ours"])
+    ours_bytes = extra_bytes(calls["ours"], device)
+    row["ours ms"] = 1e3 * ours
+    row["plain ms"] = 1e3 * median(taken["plain"]) if plain_fits else DOES_NOT_FIT
+    row["vs plain"] = median(taken["plain"]) / ours if plain_fits else DOES_NOT_FIT
+    rounds = zip(taken.get("plain", ()), taken["ours"], strict=plain_fits)
+    row["vs plain, rounds"] = spread(p / o for p, o in rounds) if plain_fits else DOES_NOT_FIT
+    row["vs compiled"] = median(taken["compiled"]) / ours if compiled_plain else None
+    row["of copy bandwidth"] = 2 * z.nbytes / ours / (2 * source.nbytes / median(taken["copy"]))
+    row["extra MB"] = ours_bytes / 1e6
+    plain_bytes = extra_bytes(calls["plain"], device) if plain_fits else None
+    row["plain extra MB"] = plain_bytes / 1e6 if plain_fits else DOES_NOT_FIT
+    row["memory ratio"] = ours_bytes / plain_bytes if plain_fits else DOES_NOT_FIT
+    return row
 
 
 def main() -> None:
@@ -68,11 +97,17 @@ def main() -> None:
         vocabulary=[32_000, 128_000, 151_936],
         tokens=[1024, 8192, 32_768],
         device="cuda" if torch.cuda.is_available() else "cpu",
+        repeats=5,
+        distance=0.3,
+        compiled=1,
+        memory_gb=0.0,
     )
-    compiled_plain = compiled()
     grid = [(d, v, t) for d in options.dtype for v in options.vocabulary for t in options.tokens]
-    rows = [measure(d, v, t, compiled_plain, options.device) for d, v, t in grid]
-    show("Token statistics of two logits tensors", rows, options.json)
+    rows = []
+    for dtype, vocabulary, tokens in grid:
+        rows.append(measure(dtype, vocabulary, tokens, options))
+        print(rows[-1], flush=True)
+    show("Token statistics of two logits tensors", rows, options.json, distance=options.distance)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,17 +42,35 @@ def machine() -> dict[str, Any]:
     }
 
 
-def seconds(function: Callable[[], Any], repeats: int = 5) -> float:
-    """Median time of a call, after one that is not counted; waits for the GPU."""
-    taken = []
+def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Times of each function's calls, round by round, after a round that is not counted; waits for the GPU.
+
+    In turn, so that what else the machine does in the meantime falls on all of them alike.
+    """
+    taken = {name: [] for name in functions}
     for repeat in range(repeats + 1):
-        _wait()
-        start = time.perf_counter()
-        function()
-        _wait()
-        if repeat:
-            taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        for name, function in functions.items():
+            _wait()
+            start = time.perf_counter()
+            function()
+            _wait()
+            if repeat:
+                taken[name].append(time.perf_counter() - start)
+    return taken
+
+
+def spread(values: Iterable[float]) -> str:
+    """Smallest and largest, for a table."""
+    values = list(values)
+    return f"{min(values):.3g} to {max(values):.3g}"
+
+
+def available_bytes(device: str) -> int:
+    """Memory that is free on a device now."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    kilobytes = next((line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")), 0)
+    return 1024 * int(kilobytes)
 
 
 def show(title: str, rows: list[dict[str, Any]], json_file: Path | None, **extra: Any) -> None:

@@ -1,7 +1,7 @@
 """Peak memory of a piece of code, from tensors.
 
-On a GPU the allocator knows. On a CPU nothing does, so a dispatch mode adds up the storages that operators create and that
-are still alive; what an operator allocates and frees inside itself is not seen.
+On a GPU the allocator knows. On a CPU nothing does, so a dispatch mode adds up the storages that operators create and
+that are still alive; what an operator allocates and frees inside itself is not seen.
 """
 
 import gc
