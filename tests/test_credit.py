@@ -239,6 +239,14 @@ def test_tokens_that_are_half_a_character(tokenizer):
         assert len(texts) == len(ids) and "".join(texts) == tokenizer.decode(ids)
 
 
+def test_tokens_whose_space_depends_on_what_is_before():
+    """SentencePiece's way: the space at the beginning of a text is not shown, that of a later word is."""
+    space = "\u2581"
+    tokenizer = Tokenizer(models.WordLevel({f"{space}so": 0, f"{space}it": 1, "is": 2}, unk_token="is"))
+    tokenizer.decoder = decoders.Metaspace()
+    assert pieces(PreTrainedTokenizerFast(tokenizer_object=tokenizer), [0, 1, 2, 0]) == ["so", " it", "is", " so"]
+
+
 # ---- the formats ----
 
 
@@ -308,12 +316,12 @@ def make_run(folder, run, **more):
 
 def test_a_runs_folder_is_enough(folder, tmp_path):
     run = make_run(folder, tmp_path / "run")
-    assert main(["credit", str(run), "--out", str(tmp_path / "out"), "--lam", "0.25"]) == 0
+    assert main(["credit", str(run), "--out", str(tmp_path / "out")]) == 0
     data = json.loads((tmp_path / "out/credit.json").read_text())
     chosen = {name: data["settings"][name] for name in ("beta", "lam", "temperature", "baseline", "reference")}
     expected = {
         "beta": 0.02,
-        "lam": 0.25,
+        "lam": 0.5,
         "temperature": 0.9,
         "baseline": "leave_one_out",
         "reference": str(folder / "ref"),

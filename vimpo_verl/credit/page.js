@@ -119,12 +119,12 @@ function plot(answer, [low, high], width) {
 function show(box, t) {
   const answer = box.answer, tokens = answer.tokens, at = (name) => tokens[name][t];
   const fields = [
-    ["token", `${t + 1} of ${tokens.id.length}`], ["id", at("id")], ["log π", at("log_prob").toPrecision(4)],
-    ["log π_ref", at("ref_log_prob").toPrecision(4)], ["KL", at("kl").toPrecision(3)],
+    ["token", `${t + 1} of ${tokens.id.length}`], ["id", at("id")], ["log π", precise(at("log_prob"))],
+    ["log π_ref", precise(at("ref_log_prob"))], ["KL", at("kl").toPrecision(3)],
     ["td", precise(at("td"))], ["V(s_t)", precise(at("value"))], ["from V0", precise(at("value") + answer.judgement)], ["A", precise(at("advantage"))],
   ];
   const text = at("text") === "" ? "part of a character" : JSON.stringify(at("text"));
-  readout.replaceChildren(element("code", "", text), " ", ...fields.map(([name, value]) => {
+  readout.replaceChildren(element("code", "", text), ...fields.map(([name, value]) => {
     const field = element("span", "", `${name} `);
     field.append(element("b", "", value));
     return field;
@@ -142,6 +142,7 @@ document.addEventListener("pointerover", (event) => {
   else if (!span && !held) for (const box of document.querySelectorAll(".answer")) box.plot.showAt(null);
 });
 document.addEventListener("click", (event) => {
+  if (event.target.closest?.("nav, header, summary")) return;
   const span = event.target.closest?.(".tokens span");
   if (held) held.box.plot.showAt(null);
   held = span ? {box: span.closest(".answer"), t: +span.dataset.t} : null;
