@@ -115,3 +115,64 @@ def test_an_outcome_is_the_sum_of_its_token_rewards(trainer_and_queue):
     expected = run_trainer_step(trainer, queue, samples)["vimpo/target_rms"]
     doubled = [replace(sample, outcome=2 * sample.outcome) for sample in samples]
     assert run_trainer_step(trainer, queue, doubled)["vimpo/target_rms"] == pytest.approx(2 * expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_reward_that_is_not_finite_is_named_with_sample_and_rank(trainer_and_queue, value):
+    """verl hands equal parts of the batch, in its order, to the ranks."""
+    trainer, queue = trainer_and_queue
+    samples = make_samples(tool_tokens=False)
+    trainer.actor_rollout_wg._dispatch_info = {"actor": [0, 1]}
+    before = parameters_of(trainer.actor_rollout_wg.worker.actor.engine)
+    for position, rank in ((1, 0), (len(samples) - 1, 1)):
+        bad = list(samples)
+        bad[position] = replace(bad[position], outcome=value)
+        token = len(bad[position].response) - 1
+        with pytest.raises(FloatingPointError) as error:
+            run_trainer_step(trainer, queue, bad)
+        sample = list(queue.rows)[position]
+        assert f"step 1: reward is {value} at response token {token} of sample {sample} on data-parallel rank {rank} (1" in str(
+            error.value
+        )
+    after = parameters_of(trainer.actor_rollout_wg.worker.actor.engine)
+    assert all(torch.equal(before[name], after[name]) for name in before), "nothing was updated"
+
+
+def test_a_td_that_overflows_is_named(trainer_and_queue):
+    trainer, queue = trainer_and_queue
+    batch, metrics = queue.start(make_samples(tool_tokens=False)), {}
+    batch.extra_info.pop("global_token_num", None)
+    batch = trainer._compute_ref_log_prob(trainer._compute_old_log_prob(batch, metrics), metrics)
+    row = queue.rows[batch.keys[2]]
+    row["ref_log_prob"], row["token_kl"] = row["ref_log_prob"] + 3e38, row["token_kl"] + 3e38
+    with pytest.raises(FloatingPointError, match=f"step 1: value is .*inf at response token 0 of sample {batch.keys[2]} on"):
+        trainer._compute_advantage(batch, metrics)
+
+
+def test_a_gradient_that_is_not_finite_is_counted_and_changes_nothing(trainer_and_queue, monkeypatch, capsys):
+    from verl_patches.value_branch import VimpoLoss
+
+    trainer, queue = trainer_and_queue
+    assert run_trainer_step(trainer, queue, make_samples())["vimpo/update_skipped"] == 0.0
+    before = parameters_of(trainer.actor_rollout_wg.worker.actor.engine)
+    loss = VimpoLoss._loss
+    monkeypatch.setattr(VimpoLoss, "_loss", lambda self, *args: (loss(self, *args)[0] * torch.nan, {}))
+    assert run_trainer_step(trainer, queue, make_samples())["vimpo/update_skipped"] == 1.0
+    assert "step 1: the gradient is not finite (actor/grad_norm=nan)" in capsys.readouterr().err
+    after = parameters_of(trainer.actor_rollout_wg.worker.actor.engine)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("dropped", [0, 3])
+def test_responses_that_verl_left_out_are_counted(trainer_and_queue, monkeypatch, capsys, dropped):
+    """verl fills the batch with placeholders afterwards; a reward that raised would not be seen."""
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    trainer, queue = trainer_and_queue
+    monkeypatch.setattr(PPOTrainer, "_balance_batch", lambda self, batch, metrics: batch)
+    trainer.parameter_sync_step = 1
+    asked = trainer.config.data.train_batch_size * trainer.config.actor_rollout_ref.rollout.n
+    batch, metrics = queue.start(make_samples()[: asked - dropped]), {}
+    assert trainer._balance_batch(batch, metrics) is batch
+    assert metrics == {"vimpo/missing_responses": dropped}
+    assert (f"step 1: {dropped} of {asked} responses are missing" in capsys.readouterr().err) == (dropped > 0)

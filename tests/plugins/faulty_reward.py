@@ -3,6 +3,7 @@
 import itertools
 import os
 import time
+from pathlib import Path
 
 _calls = itertools.count(1)
 
@@ -10,6 +11,7 @@ _calls = itertools.count(1)
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> float:
     first = int(os.environ["FAULTY_CALL"])
     if first <= next(_calls) < first + int(os.environ.get("FAULTY_TIMES", "1")):
+        Path(os.environ["INCIDENT_FILE"]).touch()
         match os.environ["FAULTY_REWARD"]:
             case "raises":
                 raise ZeroDivisionError("the reward of this test raises")

@@ -4,10 +4,12 @@ INCIDENT="point:count:action" in the environment. The count-th time that a proce
 the action; `rank-1` and the like after another colon restricts it to one rank. Points are functions of verl or of ours,
 table POINTS; actions:
 
-    stop       write the name of the point to the file $INCIDENT_FILE, and wait to be killed
+    stop       wait to be killed
     die        SIGKILL to this process
     full_disk  the OSError of a full disk
     nan        the point's own way to put a NaN there
+
+When it comes to that, the file $INCIDENT_FILE is written.
 """
 
 import errno
@@ -24,7 +26,7 @@ POINT, COUNT, ACTION, *RANK = os.environ["INCIDENT"].split(":")
 # name of the point -> (module whose import brings it, function in it)
 POINTS = {
     "generation": ("verl.experimental.agent_loop.single_turn_agent_loop", "SingleTurnAgentLoop.run"),
-    "server": ("verl.workers.rollout.vllm_rollout.vllm_async_server", "vLLMHttpServer.generate"),
+    "server": ("vllm.v1.engine.async_llm", "AsyncLLM.generate"),
     "weight_sync": ("verl.workers.rollout.vllm_rollout.utils", "vLLMColocateWorkerExtension.update_weights_from_ipc"),
     "joint_pass": ("verl_patches.joint_pass", "_ReferenceLogitsHook.reduce"),
     "logits": ("verl_patches.joint_pass", "PolicyLogitsHook.reduce"),
@@ -42,7 +44,6 @@ _passed = Counter()
 
 def _act() -> None:
     if ACTION == "stop":
-        Path(os.environ["INCIDENT_FILE"]).write_text(POINT)
         time.sleep(100_000)
     elif ACTION == "die":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -54,7 +55,15 @@ def _is_due() -> bool:
     if RANK and RANK[0] != f"rank-{os.environ.get('RANK')}":
         return False
     _passed[POINT] += 1
-    return _passed[POINT] == int(COUNT)
+    if _passed[POINT] != int(COUNT):
+        return False
+    if POINT not in AFTER | set(FILES):
+        _announce()
+    return True
+
+
+def _announce() -> None:
+    Path(os.environ["INCIDENT_FILE"]).write_text(POINT)
 
 
 def _at_point(wrapped, instance, args, kwargs):
@@ -66,6 +75,7 @@ def _at_point(wrapped, instance, args, kwargs):
         _act()
         return wrapped(*args, **kwargs)
     result = wrapped(*args, **kwargs)
+    _announce()
     _act()
     return result
 
@@ -88,6 +98,7 @@ def _save(wrapped, instance, args, kwargs):
     whole = io.BytesIO()
     wrapped(content, whole)
     Path(path).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    _announce()
     _act()
 
 
