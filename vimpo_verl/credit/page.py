@@ -35,6 +35,7 @@ EXPLANATION = {
 }
 # No script but ours, nothing fetched.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'"
+KEY = "R: reward. V0: mean reward of the prompt's answers. S = Σ td: the policy's own judgement. Residual = S − (R − V0)."
 HINT = "Point at a token for its numbers; a click holds it, arrow keys walk."
 
 
@@ -79,7 +80,7 @@ def _head(data: dict) -> str:
         f'<header><h1>Credit of tokens</h1><p class="figures">{figures}</p>'
         f"<details><summary>Models and settings</summary><dl>{rows}</dl></details>"
         f'<details><summary>What is what</summary><pre class="equations">{escaping.escape(EQUATIONS)}</pre>'
-        f"<dl>{meaning}</dl></details>" + (f'<ul class="notes">{notes}</ul>' if notes else "") + "</header>"
+        f'<dl>{meaning}</dl></details><ul class="notes">{notes}</ul><p class="key">{KEY}</p></header>'
     )
 
 
