@@ -235,7 +235,7 @@ CONTRACT = {
     ],
     "bound on a stage": [
         (f"{TRAINER}.fit", Mentions(("on_step_end", "_save_checkpoint", "_validate"))),
-        (f"{TRAINER}.step", Mentions(("prepare_step",))),
+        (f"{TRAINER}.step", Mentions(("_step_once",))),
         (f"{TRAINER}._step_once", Mentions(("on_sample_begin", "on_sample_end", "_balance_batch", "replay_buffer"))),
         (f"{TRAINER}._balance_batch", Called(2, ("metrics",))),
         ("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.__init__", Mentions(("pending_keys", "running_keys"))),

@@ -106,6 +106,7 @@ def _say(sentence: str) -> None:
     print(f"vimpo_verl: {sentence}", file=sys.stderr, flush=True)
 
 
+NOT_IN_EVERY_VERL = {"prepare_step"}  # new in 0.9.1; before, handing out prompts counts to what follows the weight sync
 # Method of verl's v1 trainer -> the stage that it begins; and whether the stage goes on after the method.
 STAGES = {
     "prepare_step": ("handing out prompts", False),
@@ -124,7 +125,7 @@ def install(v1: ModuleType) -> None:
     """Check that verl's trainer has the stages. `v1` is the module verl.trainer.ppo.v1."""
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
-    missing = [name for name in ("init", "fit", *STAGES) if not hasattr(PPOTrainer, name)]
+    missing = [name for name in ("init", "fit", *STAGES) if not hasattr(PPOTrainer, name) and name not in NOT_IN_EVERY_VERL]
     if missing:
         raise RuntimeError(f"PPOTrainer has no {', '.join(missing)}")
 
