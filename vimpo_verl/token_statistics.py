@@ -14,8 +14,8 @@ from torch import Tensor
 # float64), and the buffers leave a CPU's cache. Between the two an eighth of the tokens, which bounds the buffers
 # against the logits.
 _SMALL_CHUNK, _LARGE_CHUNK, _CHUNKS = 2**16, 2**19, 8
-# Beyond these, in nats, the torch version takes the plain formula in float64: there float32 weights could lose mass.
-_MAX_LOG_RATIO, _MAX_LOG_NORMALISER_RATIO = 30.0, 10.0
+# The softmax of a label loses its digits near the smallest float64, exp(-708): its logarithm is taken another way there.
+_LEAST_LOG_PROB = -700.0
 # Tokens whose logits `linear_token_statistics` makes at a time, as in verl's own fused output head.
 _LINEAR_CHUNK_TOKENS = 512
 
@@ -86,16 +86,6 @@ def linear_token_statistics(
     return TokenStatistics(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
-class _Buffers(NamedTuple):
-    """[rows, V] each, made once a call: on a CPU, fresh memory costs more than the arithmetic in it."""
-
-    shifted: Tensor  # dtype of the results, like w
-    w: Tensor
-    weights: Tensor  # float64, like the next two
-    log_ratio: Tensor
-    ratio: Tensor
-
-
 def _torch_token_statistics(
     policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, temperature: Tensor | None
 ) -> TokenStatistics:
@@ -103,17 +93,19 @@ def _torch_token_statistics(
     dtype = torch.float64 if policy_logits.dtype == torch.float64 else torch.float32
     out = TokenStatistics(*(policy_logits.new_empty(tokens, dtype=dtype) for _ in TokenStatistics._fields))
     step = _chunk_rows(tokens, vocab_size)
-    kinds = (dtype, dtype, torch.float64, torch.float64, torch.float64)
-    buffers = _Buffers(*(policy_logits.new_empty(step, vocab_size, dtype=kind) for kind in kinds))
+    # Made once: on a CPU, fresh memory costs more than the arithmetic in it.
+    buffers = policy_logits.new_empty(4, step, vocab_size, dtype=torch.float64)
     for start in range(0, tokens, step):
         rows = slice(start, start + step)
-        z, u, label = policy_logits[rows], ref_logits[rows], labels[rows].unsqueeze(-1)
-        scale = None if temperature is None else temperature[rows].unsqueeze(-1).to(dtype)
-        results, safe = _chunk_statistics(z, u, label, scale, _Buffers(*(buffer[: len(z)] for buffer in buffers)))
-        if not safe.all():
-            odd = ~safe
-            plain = _plain_statistics(z[odd], u[odd], label[odd], None if scale is None else scale[odd])
-            for result, value in zip(results, plain, strict=True):
+        label, scale = labels[rows].unsqueeze(-1), None if temperature is None else temperature[rows].unsqueeze(-1)
+        z, u, p, scratch = buffers[:, : len(label)]
+        _scale(z.copy_(policy_logits[rows]), scale), _scale(u.copy_(ref_logits[rows]), scale)
+        results = _chunk_statistics(z, u, label, p, scratch)
+        odd = ~torch.stack([result.isfinite() & (result > _LEAST_LOG_PROB) for result in results]).all(0)
+        if odd.any():
+            z, u = policy_logits[rows][odd].double(), ref_logits[rows][odd].double()
+            _scale(z, None if scale is None else scale[odd]), _scale(u, None if scale is None else scale[odd])
+            for result, value in zip(results, _plain_statistics(z, u, label[odd]), strict=True):
                 result[odd] = value
         for target, result in zip(out, results, strict=True):
             target[rows] = result
@@ -121,55 +113,47 @@ def _torch_token_statistics(
 
 
 def _chunk_rows(tokens: int, vocab_size: int) -> int:
+    """Tokens of a chunk."""
     smallest, largest = (elements // max(vocab_size, 1) for elements in (_SMALL_CHUNK, _LARGE_CHUNK))
+    threads = torch.get_num_threads()  # among which a softmax shares out the rows
+    largest = max(threads, largest // threads * threads)
     return max(1, min(tokens, largest, max(smallest, tokens // _CHUNKS)))
 
 
-def _chunk_statistics(
-    z: Tensor, u: Tensor, label: Tensor, scale: Tensor | None, buffers: _Buffers
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The four numbers of each row of a chunk of logits [n, V], float64 [n], and where this way is safe, bool [n].
+def _scale(logits: Tensor, temperature: Tensor | None) -> None:
+    if temperature is not None:
+        logits.div_(temperature)
 
-    With w = exp(z - max z), s = sum w (so p = w / s) and the log-ratio r = u - z:
 
-        log p(y) = z_y - max z - log s                   entropy = log s - sum p (z - max z)
-        L = log sum p e^r = logsumexp(u) - logsumexp(z)  log q(y) = log p(y) + r_y - L
-        KL = L - sum p r
+def _chunk_statistics(z: Tensor, u: Tensor, label: Tensor, p: Tensor, scratch: Tensor) -> tuple[Tensor, ...]:
+    """The four numbers of a chunk of logits in float64, in which a KL, a small difference of sums, is safe.
 
-    The weights may be float32: relative errors of at most e in them change the KL by at most 2 e KL. r, e^r and the
-    sums may not, because L and sum p r agree to second order in r.
+        p = softmax(z)          log p(y) = log p_y          logsumexp(z) = z_y - log p_y
+        q = softmax(u)          log q(y) = log q_y          logsumexp(u) = u_y - log q_y
+        KL = sum p (z - u) - (logsumexp(z) - logsumexp(u))  entropy = logsumexp(z) - sum p z
+
+    Args:
+        z, u: [n, V], logits of policy and reference. Overwritten.
+        label: [n, 1], y.
+        p, scratch: [n, V]. Overwritten.
+
+    Returns:
+        log_prob, ref_log_prob, kl, entropy, each [n]. Not finite where an entry is not, or p_y or q_y is 0 in float64.
     """
-    r = buffers.log_ratio.copy_(u).sub_(buffers.weights.copy_(z))
-    z = z if z.dtype == buffers.shifted.dtype else buffers.shifted.copy_(z)
-    shifted = torch.sub(z, z.amax(-1, keepdim=True), out=buffers.shifted)
-    if scale is not None:
-        r.div_(scale), shifted.div_(scale)
-    label_shifted, label_r = (x.gather(-1, label).squeeze(-1).double() for x in (shifted, r))
-    largest_r = r.amax(-1)
 
-    w = torch.exp(shifted, out=buffers.w)
-    sum_w_shifted = shifted.mul_(w).sum(-1).double()  # all terms of one sign: safe in float32
-    w = buffers.weights.copy_(w)
-    s = w.sum(-1)
-    log_normaliser_ratio = (torch.exp(r, out=buffers.ratio).mul_(w).sum(-1) / s).log()  # L
-    mean_r = r.mul_(w).sum(-1) / s
+    def at_label(x: Tensor) -> Tensor:
+        return x.gather(-1, label).squeeze(-1)
 
-    log_prob = label_shifted - s.log()
-    ref_log_prob = log_prob + label_r - log_normaliser_ratio
-    kl = log_normaliser_ratio - mean_r
-    entropy = s.log() - sum_w_shifted / s
-    # Comparisons with NaN are false: entries that are impossible (-inf) or not finite are for the plain formula too.
-    safe = (largest_r < _MAX_LOG_RATIO) & (log_normaliser_ratio.abs() < _MAX_LOG_NORMALISER_RATIO) & kl.isfinite()
-    return (log_prob, ref_log_prob, kl, entropy), safe
+    log_prob = at_label(torch.softmax(z, dim=-1, out=p)).log()
+    ref_log_prob = at_label(torch.softmax(u, dim=-1, out=scratch)).log()
+    label_z, label_u = at_label(z), at_label(u)
+    entropy = (label_z - log_prob) - torch.mul(p, z, out=scratch).sum(-1)
+    kl = z.sub_(u).mul_(p).sum(-1) - ((label_z - label_u) - (log_prob - ref_log_prob))
+    return log_prob, ref_log_prob, kl, entropy
 
 
-def _plain_statistics(
-    z: Tensor, u: Tensor, label: Tensor, scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same by the formula, in float64: an entry that the policy holds impossible contributes nothing."""
-    z, u = z.double(), u.double()
-    if scale is not None:
-        z, u = z / scale, u / scale
+def _plain_statistics(z: Tensor, u: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+    """The same where an entry or a label is impossible: what the policy holds impossible contributes nothing."""
     log_p, log_q = torch.log_softmax(z, dim=-1), torch.log_softmax(u, dim=-1)
     p = log_p.exp()
     kl = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
