@@ -4,7 +4,7 @@ All side by side in one run, in turn. "vs plain" and "vs compiled" are their med
 and largest ratio of a round. "of copy bandwidth" is the bytes of the two logits tensors over our time, over what
 copying reaches (read and write counted). Extra memory is the largest sum of live tensors beside the inputs: from the
 allocator on a GPU, counted by a dispatch mode on a CPU. What does not fit into --memory-gb is left out and said: the
-plain formula, or the inputs themselves.
+plain formula, or the inputs themselves. --profile 1 also prints which operators our time goes to.
 
     python benchmarks/kl_function.py --memory-gb 9 --json benchmarks/results/kl_function_cpu.json
     python benchmarks/kl_function.py --json benchmarks/results/kl_function_gpu.json      (on a GPU)
@@ -74,6 +74,10 @@ def measure(dtype: str, vocabulary: int, tokens: int, options) -> dict:
     if compiled_plain := compiled(device) if options.compiled else None:
         calls["compiled"] = lambda: compiled_plain(z, u, labels)
     taken = interleaved(calls, options.repeats)
+    if options.profile:
+        with torch.profiler.profile() as profiler:
+            calls["ours"]()
+        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=10))
     ours = median(taken["ours"])
     ours_bytes = extra_bytes(calls["ours"], device)
     row["ours ms"] = 1e3 * ours
@@ -100,6 +104,7 @@ def main() -> None:
         repeats=5,
         distance=0.3,
         compiled=1,
+        profile=0,
         memory_gb=0.0,
     )
     grid = [(d, v, t) for d in options.dtype for v in options.vocabulary for t in options.tokens]
