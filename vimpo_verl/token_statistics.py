@@ -14,7 +14,7 @@ from torch import Tensor
 # float64), and the buffers leave a CPU's cache. Between the two an eighth of the tokens, which bounds the buffers
 # against the logits.
 _SMALL_CHUNK, _LARGE_CHUNK, _CHUNKS = 2**16, 2**19, 8
-# The softmax of a label loses its digits near the smallest float64, exp(-708): its logarithm is taken another way there.
+# The softmax of a label loses its digits near the smallest float64, exp(-708): there its log is taken another way.
 _LEAST_LOG_PROB = -700.0
 # Tokens whose logits `linear_token_statistics` makes at a time, as in verl's own fused output head.
 _LINEAR_CHUNK_TOKENS = 512
