@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,38 @@ def test_script_merges_the_last_checkpoint_once(tmp_path):
     assert done.returncode == 2 and "is no model: expected a Hugging Face folder" in done.stderr
     subprocess.run([*command, "Qwen/Qwen3-4B-Base"], env=env, check=True)
     assert "--model Qwen/Qwen3-4B-Base" in (tmp_path / "calls").read_text().splitlines()[-1]
+
+
+def test_a_tiny_run_is_evaluated_with_its_own_reward_and_lengths(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/bash\nprintf "%s\\n" "$VLLM_CPU_KVCACHE_SPACE" "$@" >"$CALLS"\n')
+    stub.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(stub), "CALLS": str(tmp_path / "calls")}
+    script = ROOT / "examples/tiny/evaluate_tiny.sh"
+    subprocess.run(["bash", str(script), "some/model", "--limit", "3"], env=env, check=True)
+    kv_cache, _, *arguments = (tmp_path / "calls").read_text().splitlines()
+    assert kv_cache == "1"
+    given = evaluate._parser().parse_args(arguments)
+    assert (given.model, given.limit, given.n) == ("some/model", 3, 8)
+    assert given.data == [ROOT / "outputs/tiny/data/test.parquet"]
+    assert evaluate.load_function(given.reward)("", "1", "1") == 1.0
+    assert given.engine["enforce_eager"] is True
+
+
+def test_the_whole_chain_of_the_recipes_is_shell_and_its_data_are_prepared(tmp_path):
+    """The block in docs/recipes.md that a reader pastes: bash can read it, and its first part does what it says."""
+    section = (ROOT / "docs/recipes.md").read_text().split("## The whole chain")[1]
+    block = section.split("```bash\n")[1].split("```")[0]
+    subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+    data = block.split("# Data")[1].split("DRY_RUN")[0].split("\n", 1)[1].replace("outputs/chain", str(tmp_path))
+    data = data.replace("python examples", f"{sys.executable} {ROOT}/examples")
+    subprocess.run(["bash", "-euo", "pipefail", "-c", data], check=True)
+    import pyarrow.parquet
+
+    (row,) = pyarrow.parquet.read_table(tmp_path / "data/math500.parquet").to_pylist()
+    assert row["reward_model"]["ground_truth"] == "\\frac{5}{6}" and row["prompt"][0]["content"].startswith("Compute")
+    for script in re.findall(r"(examples/[\w/]+\.sh)", block):
+        assert os.access(ROOT / script, os.X_OK), script
 
 
 def test_results_are_written_from_stored_responses(tmp_path, capsys):

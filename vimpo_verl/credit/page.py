@@ -35,7 +35,9 @@ EXPLANATION = {
 }
 # No script but ours, nothing fetched.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'"
-KEY = "R: reward. V0: mean reward of the prompt's answers. S = Σ td: the policy's own judgement. Residual = S − (R − V0)."
+KEY = (
+    "R: reward. V0: mean reward of the prompt's answers. S = Σ td: the policy's own judgement. Residual = S − (R − V0)."
+)
 HINT = "Point at a token for its numbers; a click holds it, arrow keys walk."
 
 
