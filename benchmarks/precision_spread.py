@@ -1,8 +1,9 @@
 """How far apart the results of one update are, by how it is computed: float32 and bfloat16, on verl's own FSDP engine.
 
-The engine and the batch of tests/test_invariance.py; everything is compared with micro-batches of 2 in the same precision. The
-gradient: norm of the difference, relative to the norm. Metrics: the largest relative difference of any `vimpo/` metric. The
-last row compares bfloat16 with float32: what the precision itself costs, beside which the others are to be seen.
+The engine and the batch of tests/test_invariance.py; everything is compared with micro-batches of 2 in the same
+precision. The gradient: norm of the difference, relative to the norm. Metrics: the largest relative difference of any
+`vimpo/` metric. The last row compares bfloat16 with float32: what the precision itself costs, beside which the others
+are to be seen.
 
     python benchmarks/precision_spread.py --json benchmarks/results/precision_spread.json
 """
@@ -69,7 +70,10 @@ def measure(models: Path) -> dict[str, dict[str, dict[str, float]]]:
 
 def table(found: dict) -> str:
     """Markdown."""
-    lines = ["| | gradient, float32 | gradient, bfloat16 | metrics, float32 | metrics, bfloat16 |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| | gradient, float32 | gradient, bfloat16 | metrics, float32 | metrics, bfloat16 |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for how in found["bf16"]:
         cells = [
             f"{found[dtype][how][what]:.1e}" if how in found[dtype] else ""

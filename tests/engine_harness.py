@@ -79,7 +79,8 @@ def make_models(folder: Path, tied: bool = False) -> None:
 
 
 def make_samples(seed: int = 0, prompts: int = 4, group_size: int = 2, tool_tokens: bool = True) -> list[Sample]:
-    """Samples of ragged length in group order; every third has tool output in the middle, the last one no valid token."""
+    """Samples of ragged length in group order; every third has tool output in the middle, the last one no valid
+    token."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low, high):
@@ -352,7 +353,11 @@ class training_data:
             dataloader_kwargs={"shuffle": False},
             vimpo_actor_coeff=self.batch.actor_coeff,
         )
-        for name, source in {"old_log_probs": "log_probs", "ref_log_prob": "ref_log_probs", "token_kl": "token_kl"}.items():
+        for name, source in {
+            "old_log_probs": "log_probs",
+            "ref_log_prob": "ref_log_probs",
+            "token_kl": "token_kl",
+        }.items():
             data[name] = nested(self.per_token[source][mine])
         for name in ("advantages", "returns"):
             rows = getattr(self.batch, name)[mine]
@@ -406,7 +411,8 @@ def _full(engine, select) -> dict[str, torch.Tensor]:
 
 
 def run_on_ranks(world_size: int, function, *args):
-    """function(rank, *args) in processes of one gloo group; returns what each rank returned. One that fails ends all."""
+    """function(rank, *args) in processes of one gloo group; returns what each rank returned. One that fails ends
+    all."""
     with tempfile.TemporaryDirectory() as folder:
         everything = (world_size, free_port(), Path(folder), function, args)
         torch.multiprocessing.start_processes(_on_rank, everything, world_size, daemon=True, start_method="spawn")

@@ -1,8 +1,8 @@
 """Claim: every verl function, signature, registry, configuration key and stored field that we rely on is there.
 
-One test a thing, whose failure names the seam, the place in verl and what changed: a new verl breaks a line here and not a
-training run. Names that our modules import from verl are collected from their source; the rest is the table CONTRACT.
-Not claimed: that verl does the same behind the same names; the engine and end-to-end tests are for that.
+One test a thing, whose failure names the seam, the place in verl and what changed: a new verl breaks a line here and
+not a training run. Names that our modules import from verl are collected from their source; the rest is the table
+CONTRACT. Not claimed: that verl does the same behind the same names; the engine and end-to-end tests are for that.
 """
 
 import ast
@@ -128,8 +128,18 @@ CONTRACT = {
         (f"{ALGOS}:ADV_ESTIMATOR_REGISTRY", Holds(("grpo", "vimpo"))),
         (
             f"{ALGOS}:compute_policy_loss_vanilla",
-            Called(0, ("old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config",
-                       "rollout_is_weights")),
+            Called(
+                0,
+                (
+                    "old_log_prob",
+                    "log_prob",
+                    "advantages",
+                    "response_mask",
+                    "loss_agg_mode",
+                    "config",
+                    "rollout_is_weights",
+                ),
+            ),
         ),
         # Whoever calls an estimator by its name hands it at least these.
         (
@@ -157,27 +167,46 @@ CONTRACT = {
         (f"{TRAINER}.__init__", Mentions(("config", "use_reference_policy"))),
         (f"{TRAINER}._init_resource_pool_mgr", Parameters(("self",))),
         (f"{TRAINER}._init_resource_pool_mgr", Mentions(("role_worker_mapping", "ActorRolloutRef", "ActorRollout"))),
-        (f"{TRAINER}._step_once", Mentions(("_compute_old_log_prob", "_compute_ref_log_prob", "_compute_advantage",
-                                            "_update_actor", "use_reference_policy"))),
+        (
+            f"{TRAINER}._step_once",
+            Mentions(
+                (
+                    "_compute_old_log_prob",
+                    "_compute_ref_log_prob",
+                    "_compute_advantage",
+                    "_update_actor",
+                    "use_reference_policy",
+                )
+            ),
+        ),
         (f"{TRAINER}._compute_old_log_prob", Parameters(STEP)),
         (f"{TRAINER}._compute_old_log_prob", Mentions(("compute_log_prob", "log_probs", "entropy", "old_log_probs"))),
         (f"{TRAINER}._compute_ref_log_prob", Parameters(STEP)),
         (f"{TRAINER}._compute_ref_log_prob", Mentions(("ref_log_prob",))),
         (f"{TRAINER}._compute_advantage", Parameters(STEP)),
-        (f"{TRAINER}._compute_advantage", Mentions(("rm_scores", "token_level_rewards", "response_mask", "uid",
-                                                    "advantages", "returns"))),
+        (
+            f"{TRAINER}._compute_advantage",
+            Mentions(("rm_scores", "token_level_rewards", "response_mask", "uid", "advantages", "returns")),
+        ),
         (f"{TRAINER}._update_actor", Parameters(STEP)),
-        (f"{TRAINER}._update_actor", Mentions(("actor/", "update_actor", "extra_info", "distillation_use_topk",
-                                               "distillation_only"))),
-        ("verl.trainer.ppo.padding_utils:construct_minimal_padding_template", Mentions(("is_padding", "response_mask"))),
+        (
+            f"{TRAINER}._update_actor",
+            Mentions(("actor/", "update_actor", "extra_info", "distillation_use_topk", "distillation_only")),
+        ),
+        (
+            "verl.trainer.ppo.padding_utils:construct_minimal_padding_template",
+            Mentions(("is_padding", "response_mask")),
+        ),
         (f"{WORKERS}:ActorRolloutRefWorker", Holds(("actor_worker_cls", "init_model", "compute_log_prob"))),
         (f"{WORKERS}:ActorRolloutRefWorker.__init__", Called(1, ("config", "role"))),
         (f"{WORKERS}:ActorRolloutRefWorker.init_model", Parameters(("self",))),
         (f"{WORKERS}:ActorRolloutRefWorker.init_model", Mentions(("actor_worker_cls", "set_loss_fn", "ref", "actor"))),
         (f"{WORKERS}:ActorRolloutRefWorker.compute_log_prob", Parameters(("self", "data"))),
         (f"{WORKERS}:ActorRolloutRefWorker.update_actor", Mentions(("train_mini_batch",))),
-        (f"{WORKERS}:TrainingWorker.__init__", Mentions(("engine", "engine_config", "model_config", "loss_fn",
-                                                         "device_name"))),
+        (
+            f"{WORKERS}:TrainingWorker.__init__",
+            Mentions(("engine", "engine_config", "model_config", "loss_fn", "device_name")),
+        ),
         (f"{WORKERS}:TrainingWorker.train_mini_batch", Mentions(("train_batch", "mini_batch_size", "epochs"))),
         (f"{WORKERS}:TrainingWorker.train_batch", Parameters(("self", "data"))),
         (f"{WORKERS}:TrainingWorker.train_batch", Mentions(("loss_fn", "use_fused_kernels"))),
@@ -196,8 +225,20 @@ CONTRACT = {
             f"{ENGINE}.prepare_model_outputs",
             Parameters(("self", "output", "output_args", "micro_batch", "logits_processor_func")),
         ),
-        (f"{ENGINE}.prepare_model_outputs", Mentions(("distillation_use_topk", "distillation_only", "student_logits",
-                                                      "data", "calculate_entropy", "log_probs", "entropy"))),
+        (
+            f"{ENGINE}.prepare_model_outputs",
+            Mentions(
+                (
+                    "distillation_use_topk",
+                    "distillation_only",
+                    "student_logits",
+                    "data",
+                    "calculate_entropy",
+                    "log_probs",
+                    "entropy",
+                )
+            ),
+        ),
         (f"{ENGINE}", Holds(("eval_mode", "disable_adapter", "get_data_parallel_group"))),
         (f"{ENGINE}.forward_backward_batch", Mentions(("batch_num_tokens", "dp_size", "loss_mask", "forward_step"))),
         # fused kernels
@@ -207,8 +248,20 @@ CONTRACT = {
         ),
         # the value loss
         (f"{LOSSES}:ppo_loss", Called(0, ("config", "model_output", "data", "dp_group"))),
-        (f"{LOSSES}:ppo_loss", Mentions(("get_policy_loss_fn", "loss_mode", "old_log_probs", "advantages",
-                                         "rollout_is_weights", "response_mask", "log_probs"))),
+        (
+            f"{LOSSES}:ppo_loss",
+            Mentions(
+                (
+                    "get_policy_loss_fn",
+                    "loss_mode",
+                    "old_log_probs",
+                    "advantages",
+                    "rollout_is_weights",
+                    "response_mask",
+                    "log_probs",
+                )
+            ),
+        ),
         (f"{PADDING}:no_padding_2_padding", Called(2)),
         (f"{PADDING}:no_padding_2_padding", Mentions(("prompts", "responses"))),
         (f"{PADDING}:response_from_nested", Called(2)),
@@ -222,11 +275,15 @@ CONTRACT = {
     ],
     "complete checkpoints": [
         (f"{TRAINER}._save_checkpoint", Parameters(("self",))),
-        (f"{TRAINER}._save_checkpoint", Mentions(("default_local_dir", "save_checkpoint", "max_ckpt_to_keep",
-                                                  "latest_checkpointed_iteration.txt"))),
+        (
+            f"{TRAINER}._save_checkpoint",
+            Mentions(("default_local_dir", "save_checkpoint", "max_ckpt_to_keep", "latest_checkpointed_iteration.txt")),
+        ),
         (f"{TRAINER}._load_checkpoint", Parameters(("self",))),
-        (f"{TRAINER}._load_checkpoint", Mentions(("resume_mode", "resume_from_path", "default_local_dir",
-                                                  "find_latest_ckpt_path", "global_step_"))),
+        (
+            f"{TRAINER}._load_checkpoint",
+            Mentions(("resume_mode", "resume_from_path", "default_local_dir", "find_latest_ckpt_path", "global_step_")),
+        ),
         ("verl.utils.checkpoint.checkpoint_manager:get_checkpoint_tracker_filename", Called(1)),
         (
             f"{WORKERS}:ActorRolloutRefWorker.save_checkpoint",
@@ -318,7 +375,9 @@ def imported_from_verl() -> list[tuple[str, str]]:
                 if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("verl", "transfer_queue"):
                     found |= {(str(path.relative_to(ROOT)), f"{node.module}:{alias.name}") for alias in node.names}
                 elif isinstance(node, ast.Import):
-                    names = [alias.name for alias in node.names if alias.name.split(".")[0] in ("verl", "transfer_queue")]
+                    names = [
+                        alias.name for alias in node.names if alias.name.split(".")[0] in ("verl", "transfer_queue")
+                    ]
                     found |= {(str(path.relative_to(ROOT)), name) for name in names}
     return sorted(found)
 
@@ -357,13 +416,17 @@ def test_configuration_key(verls_configuration, key):
     where = f"seam 'validation in the driver', verl {verl.__version__}: {key}"
     assert section is not None and name in section, f"{where}: verl's configuration no longer has it"
     if CONFIG_KEYS[key] is not ANY:
-        assert section[name] == CONFIG_KEYS[key], f"{where}: the default was {CONFIG_KEYS[key]!r}, now {section[name]!r}"
+        assert section[name] == CONFIG_KEYS[key], (
+            f"{where}: the default was {CONFIG_KEYS[key]!r}, now {section[name]!r}"
+        )
 
 
 def test_verl_loads_plugins_by_entry_point():
     code = "import sys, verl; sys.exit('vimpo_verl.plugin' not in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "VERL_USE_EXTERNAL_PLUGINS": "auto"})
-    assert done.returncode == 0, f"entry point, verl {verl.__version__}: `import verl` no longer loads the group verl.plugins"
+    assert done.returncode == 0, (
+        f"entry point, verl {verl.__version__}: `import verl` no longer loads the group verl.plugins"
+    )
 
 
 def test_every_seam_has_its_contract():

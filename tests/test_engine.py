@@ -56,7 +56,8 @@ def test_a_step_agrees_with_the_formula(models, strategy, use_remove_padding):
 def test_a_step_on_uneven_groups_agrees_with_the_formula(models):
     """Groups of 1, 3 and 4, an empty response, responses cut at the limit: three updates.
 
-    The logged value loss leaves out the constant 1/2 (R - V0)^2 of a response without a valid token, which has no gradient.
+    The logged value loss leaves out the constant 1/2 (R - V0)^2 of a response without a valid token, which has no
+    gradient.
     """
     samples = make_uneven_samples()
     result = run_step(models, Setting(epochs=3, lr=0.1), samples)

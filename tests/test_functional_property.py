@@ -1,9 +1,10 @@
 """Claim: on any shapes and any finite values, the functions of vimpo_verl.functional keep their promises.
 
-Right shape and dtype, no NaN from finite input up to 1e15 (beyond, squares overflow float32), zero where masked, invariance to
-order and to more padding. What does not fit gives a ValueError that names the argument: shapes, devices, dtypes, masks that
-are not 0/1, numbers out of range, groups of another length, rewards of several channels. Some hundreds of cases each; 10,000
-with HYPOTHESIS_PROFILE=long. The device that does not fit is "meta", so that no GPU is needed.
+Right shape and dtype, no NaN from finite input up to 1e15 (beyond, squares overflow float32), zero where masked,
+invariance to order and to more padding. What does not fit gives a ValueError that names the argument: shapes, devices,
+dtypes, masks that are not 0/1, numbers out of range, groups of another length, rewards of several channels. Some
+hundreds of cases each; 10,000 with HYPOTHESIS_PROFILE=long. The device that does not fit is "meta", so that no GPU is
+needed.
 """
 
 import hypothesis.strategies as st

@@ -1,14 +1,14 @@
 """Claim: the result of a step does not depend on how it was computed.
 
 Gradients of the first update, parameters after three updates, per-token results and every `vimpo/` metric are the same
-for any micro-batch size, dynamic batch size or not, padding removed or not, more padding, FSDP1 or FSDP2, any order of the
-samples, verl's placeholder samples, activation checkpointing, two sequence-parallel ranks, and two (marked slow: four)
-data-parallel ranks, also with the members of a group on different ranks and a rank that has only placeholders. For a batch
-with tool output and a response without a valid token, and for one with groups of 1, 3 and 4, an empty response, and responses
-cut at the limit.
+for any micro-batch size, dynamic batch size or not, padding removed or not, more padding, FSDP1 or FSDP2, any order of
+the samples, verl's placeholder samples, activation checkpointing, two sequence-parallel ranks, and two (marked slow:
+four) data-parallel ranks, also with the members of a group on different ranks and a rank that has only placeholders.
+For a batch with tool output and a response without a valid token, and for one with groups of 1, 3 and 4, an empty
+response, and responses cut at the limit.
 
-The engine computes in float32: 1e-6 relative to the norm for gradients, parameters and losses. bfloat16 is only bounded.
-Not covered: several machines, and GPUs, where kernels may sum in another order.
+The engine computes in float32: 1e-6 relative to the norm for gradients, parameters and losses. bfloat16 is only
+bounded. Not covered: several machines, and GPUs, where kernels may sum in another order.
 """
 
 from dataclasses import replace
@@ -151,7 +151,8 @@ def rank_jobs(ranks):
         "ranks of placeholders only": (BASE, samples + placeholders((ranks - 1) * len(samples))),
         "uneven groups over ranks": (BASE, dealt(BATCHES["uneven"], ranks)),
         "uneven groups, FSDP1, padding kept": (
-            replace(BASE, strategy="fsdp", use_remove_padding=False), dealt(BATCHES["uneven"], ranks)
+            replace(BASE, strategy="fsdp", use_remove_padding=False),
+            dealt(BATCHES["uneven"], ranks),
         ),
     }
 

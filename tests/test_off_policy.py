@@ -1,13 +1,13 @@
 """Claim: where the responses are not the current policy's, or are used more than once, a step is still the formula's.
 
-Stale samples (trainer mode colocate_async): kappa, old log-probs, advantages and c_A belong to the policy that starts the
-update, whichever policy wrote the responses. Rollout correction: verl's importance weights (rollout_is) multiply L_A token by
-token and leave L_V alone: the optimum of L_V has a zero residual for every response, whatever distribution they come from.
-Several epochs: values, advantages and targets stay those of the old policy. Rejection (rollout_rs) and separate_async are
-refused in the driver (test_validation.py).
+Stale samples (trainer mode colocate_async): kappa, old log-probs, advantages and c_A belong to the policy that starts
+the update, whichever policy wrote the responses. Rollout correction: verl's importance weights (rollout_is) multiply
+L_A token by token and leave L_V alone: the optimum of L_V has a zero residual for every response, whatever distribution
+they come from. Several epochs: values, advantages and targets stay those of the old policy. Rejection (rollout_rs) and
+separate_async are refused in the driver (test_validation.py).
 
-verl's trainer stages and worker in one process (in_process.py) against float64; one whole run, marked slow, with samples that
-are really stale. Not claimed: that training learns as well from stale samples.
+verl's trainer stages and worker in one process (in_process.py) against float64; one whole run, marked slow, with
+samples that are really stale. Not claimed: that training learns as well from stale samples.
 """
 
 import math
@@ -113,11 +113,12 @@ def test_several_epochs(models, monkeypatch):
 def test_stale_samples_from_vllm(tmp_path):
     """A whole run in mode colocate_async that is two batches ahead, with importance weights.
 
-    The later steps' responses are an older policy's: the probabilities that vLLM had for them are no longer those of the policy
-    that starts the update, and the weights are no longer 1.
+    The later steps' responses are an older policy's: the probabilities that vLLM had for them are no longer those of
+    the policy that starts the update, and the weights are no longer 1.
     """
     run = run_tiny(
-        tmp_path, "vimpo", 4, "trainer.v1.trainer_mode=colocate_async", "trainer.v1.colocate_async.num_warmup_batches=2",
+        tmp_path, "vimpo", 4, "trainer.v1.trainer_mode=colocate_async",
+        "trainer.v1.colocate_async.num_warmup_batches=2",
         "algorithm.rollout_correction.rollout_is=token",
     )  # fmt: skip
     assert sorted(run.steps) == [1, 2, 3, 4]

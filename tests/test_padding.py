@@ -1,9 +1,11 @@
-"""Claim: every mini-batch of an update has a real sample in it, whatever placeholders verl adds and however it shuffles.
+"""Claim: every mini-batch of an update has a real sample in it, whatever placeholders verl adds and however it
+shuffles.
 
-verl fills a batch up to a multiple of its mini-batch with placeholders that have no valid token. A global mini-batch of nothing
-else would make the token mean of verl's losses 0 / 0. It cannot come about: without a critic, which VIMPO refuses, verl pads to
-a multiple of the global mini-batch, so there are fewer placeholders than a mini-batch has samples. If it did come about, by a
-sampler of one's own, the parameters would not move: only the logged losses would be NaN.
+verl fills a batch up to a multiple of its mini-batch with placeholders that have no valid token. A global mini-batch of
+nothing else would make the token mean of verl's losses 0 / 0. It cannot come about: without a critic, which VIMPO
+refuses, verl pads to a multiple of the global mini-batch, so there are fewer placeholders than a mini-batch has
+samples. If it did come about, by a sampler of one's own, the parameters would not move: only the logged losses would be
+NaN.
 
 verl's own function says what it pads to; the dealing over ranks and mini-batches is written out here.
 """

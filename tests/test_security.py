@@ -1,7 +1,9 @@
-"""Claim: SECURITY.md's promises hold in the source: no code from outside is run, nothing listens beyond the loopback address.
+"""Claim: SECURITY.md's promises hold in the source: no code from outside is run, nothing listens beyond the loopback
+address.
 
-Read from the syntax trees and scripts, so a promise is broken where it is written, not where it is run. The reward's hostile
-answers are in test_math_reward.py, the page's in test_credit.py. The listening sockets of a whole run: marked slow.
+Read from the syntax trees and scripts, so a promise is broken where it is written, not where it is run. The reward's
+hostile answers are in test_math_reward.py, the page's in test_credit.py. The listening sockets of a whole run: marked
+slow.
 """
 
 import ast
@@ -20,7 +22,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("vimpo_verl", "verl_patches", "examples", "benchmarks")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")) + [ROOT / "setup.py"]
-SCRIPTS = sorted(path for folder in FOLDERS for suffix in ("sh", "sbatch") for path in (ROOT / folder).rglob(f"*.{suffix}"))
+SCRIPTS = sorted(
+    path for folder in FOLDERS for suffix in ("sh", "sbatch") for path in (ROOT / folder).rglob(f"*.{suffix}")
+)
 
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 RUNS_TEXT = {"eval", "exec", "compile", "__import__"}
@@ -69,7 +73,8 @@ def test_source(path):
     "text",
     [
         "import pickle", "from dill import loads", "eval(answer)", "exec(answer)", "os.system(answer)",
-        "subprocess.run(answer, shell=True)", "torch.load(path)", "torch.load(path, weights_only=False)", "yaml.load(text)",
+        "subprocess.run(answer, shell=True)", "torch.load(path)", "torch.load(path, weights_only=False)",
+        "yaml.load(text)",
         "AutoModel.from_pretrained(name, trust_remote_code=True)", "numpy.load(path, allow_pickle=True)",
         "AutoModel.from_pretrained(name, trust_remote_code=args.trust)", "pandas.read_pickle(path)",
     ],
@@ -136,7 +141,9 @@ def test_a_ray_that_keeps_off_the_network_is_what_the_variable_makes():
     """Ray's own reading of the variable, which is named after other systems."""
     code = "from ray._private.services import get_node_ip_address as ip; print(ip())"
     env = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.split() == ["127.0.0.1"]
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.split() == [
+        "127.0.0.1"
+    ]
 
 
 def listeners(root: psutil.Process) -> Iterator[tuple[str, str]]:
@@ -153,7 +160,12 @@ def listeners(root: psutil.Process) -> Iterator[tuple[str, str]]:
 @pytest.mark.timeout(600)
 def test_a_run_listens_on_the_loopback_address_only(tmp_path):
     """But for the store of torch's process group, which always listens on every address."""
-    command = ["bash", str(ROOT / "examples/tiny/run_tiny.sh"), "trainer.val_before_train=False", "trainer.test_freq=-1"]
+    command = [
+        "bash",
+        str(ROOT / "examples/tiny/run_tiny.sh"),
+        "trainer.val_before_train=False",
+        "trainer.test_freq=-1",
+    ]
     env = {**os.environ, "STEPS": "2", "PROMPTS": "8", "RESPONSES": "4", "OUT": str(tmp_path)}
     found: set[tuple[str, str]] = set()
     with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as run:

@@ -74,7 +74,9 @@ def test_a_grpo_run_is_left_exactly_as_it_was(capsys):
 
 def test_what_vimpo_changes_in_the_configuration():
     """The policy loss, and what the reference worker needs; nothing else."""
-    config = vimpo("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", "actor_rollout_ref.model.use_remove_padding=True")
+    config = vimpo(
+        "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", "actor_rollout_ref.model.use_remove_padding=True"
+    )
     before = flat(OmegaConf.to_container(config, resolve=True))
     validate(config)
     after = flat(OmegaConf.to_container(config, resolve=True))
@@ -179,12 +181,34 @@ KEYS = [
     "algorithm.gamma", "algorithm.lam", "algorithm.use_kl_in_reward", "algorithm.rollout_correction",
     "algorithm.rollout_correction.bypass_mode", "algorithm.rollout_correction.rollout_is",
     "algorithm.rollout_correction.rollout_rs", "algorithm.vimpo", "algorithm.vimpo.beta", "algorithm.reward_noise",
-    "algorithm.reward_noise.flip_prob", "critic.enable", "trainer.use_v1", "trainer.v1.trainer_mode", "distillation.enabled",
+    "algorithm.reward_noise.flip_prob", "critic.enable", "trainer.use_v1", "trainer.v1.trainer_mode",
+    "distillation.enabled",
     "actor_rollout_ref.actor.strategy", "actor_rollout_ref.actor.policy_loss.loss_mode",
     "actor_rollout_ref.actor.use_prefix_grouper", "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
     "actor_rollout_ref.ref.strategy", "actor_rollout_ref.model.lora_rank", "actor_rollout_ref.model.use_fused_kernels",
 ]  # fmt: skip
-VALUES = [None, True, False, 0, 1, 2, -1, 0.5, 1.5, math.nan, "", "x", "1.0", "sync", "fsdp", "vimpo", "token", [], [1], {}]
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    2,
+    -1,
+    0.5,
+    1.5,
+    math.nan,
+    "",
+    "x",
+    "1.0",
+    "sync",
+    "fsdp",
+    "vimpo",
+    "token",
+    [],
+    [1],
+    {},
+]
 
 
 @functools.cache
@@ -192,7 +216,9 @@ def small_recipe() -> str:
     """What the checks look at, without the rest of verl's configuration, as YAML."""
     config, small = vimpo(), OmegaConf.create({})
     others = ["algorithm.adv_estimator", "data.max_response_length", "actor_rollout_ref.rollout.n"]
-    others += [f"actor_rollout_ref.{name}" for name in ("actor.use_kl_loss", "ref.fsdp_config.ulysses_sequence_parallel_size")]
+    others += [
+        f"actor_rollout_ref.{name}" for name in ("actor.use_kl_loss", "ref.fsdp_config.ulysses_sequence_parallel_size")
+    ]
     for key in [key for key in [*KEYS, *others, "reward"] if "vimpo" not in key and "noise" not in key]:
         OmegaConf.update(small, key, OmegaConf.select(config, key), force_add=True)
     return OmegaConf.to_yaml(small)

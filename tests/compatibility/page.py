@@ -1,6 +1,6 @@
 """The part of docs/compatibility.md that says which releases of verl were run, made from results.json.
 
-    .venv/bin/python tests/compatibility/page.py        rewrites that part of the page
+To rewrite that part of the page: .venv/bin/python tests/compatibility/page.py
 """
 
 import json
@@ -15,13 +15,19 @@ def render(results: dict) -> str:
     """The text between the two markers, from what matrix.py wrote."""
     versions = ", ".join(f"{name} {version}" for name, version in results["environment"].items())
     lines = [
-        f"On {results['date']}, Python {results['python']}, {versions}, by `.venv/bin/python tests/compatibility/matrix.py`:",
+        f"On {results['date']}, Python {results['python']}, {versions}, by "
+        "`.venv/bin/python tests/compatibility/matrix.py`:",
         "",
         "| verl | contract tests | `vimpo check` | engine and trainer against float64 | three steps of the tiny run |",
         "| --- | --- | --- | --- | --- |",
     ]
     for release in results["releases"]:
-        cells = [_tests(release["contract"]), _verdict(release["check"]), _tests(release["formula"]), _run(release["tiny_run"])]
+        cells = [
+            _tests(release["contract"]),
+            _verdict(release["check"]),
+            _tests(release["formula"]),
+            _run(release["tiny_run"]),
+        ]
         lines.append(f"| {release['verl']} | " + " | ".join(cells) + " |")
     lines += ["", f"The newest release on the package index that day was {results['newest']}."]
     return "\n".join(lines)
@@ -30,7 +36,9 @@ def render(results: dict) -> str:
 def _tests(part: dict) -> str:
     if part["ok"]:
         return f"{part['passed']} passed"
-    return f"{part['passed']} passed, {len(part['failed'])} failed: " + ", ".join(f"`{name}`" for name in part["failed"][:3])
+    return f"{part['passed']} passed, {len(part['failed'])} failed: " + ", ".join(
+        f"`{name}`" for name in part["failed"][:3]
+    )
 
 
 def _verdict(part: dict) -> str:
