@@ -74,10 +74,10 @@ def lines(path, rows):
     return path
 
 
-def credit(folder, answers, out, *more, policy="policy"):
+def credit(folder, answers, out, *more):
     """The JSON that the command writes."""
-    arguments = ["credit", str(folder / policy), "--answers", str(answers), "--out", str(out), *map(str, more)]
-    if "--reference" not in arguments and policy == "policy":
+    arguments = ["credit", str(folder / "policy"), "--answers", str(answers), "--out", str(out), *map(str, more)]
+    if "--reference" not in arguments:
         arguments += ["--reference", str(folder / "ref")]
     assert main(arguments) == 0
     return json.loads((out / "credit.json").read_text())
@@ -251,7 +251,7 @@ def test_tokens_whose_space_depends_on_what_is_before():
 
 
 def test_formats_give_the_same_tokens(folder, tokenizer, tmp_path):
-    """Messages, evaluate.py's responses, and verl's dump, whose prompts have lost their special tokens, with the data."""
+    """Messages, evaluate.py's responses, and verl's dump, whose prompts lack special tokens, with the data."""
     messages = [{"role": "user", "content": "1+1="}]
     plain = lines(tmp_path / "a.jsonl", [{"prompt": messages, "response": "2", "score": 1}])
     evaluated = {"prompt": messages, "responses": ["2", "2"], "accs": [1.0, 1.0], "finished": [True, False]}
@@ -330,6 +330,18 @@ def test_a_runs_folder_is_enough(folder, tmp_path):
     right, wrong = data["prompts"][0]["answers"]
     assert (right["baseline"], wrong["baseline"]) == (0.0, 1.0), "leave one out"
     assert len(right["tokens"]["id"]) == 2 and len(wrong["tokens"]["id"]) == 3, "an answer of full length was cut off"
+
+
+def test_a_reference_from_the_hub_is_found_in_the_cache(folder, tmp_path, monkeypatch):
+    """run_math.sh names its model as the hub does."""
+    snapshot = tmp_path / "models--org--base/snapshots/abc"
+    make_model(snapshot, 1)
+    (tmp_path / "models--org--base/refs").mkdir()
+    (tmp_path / "models--org--base/refs/main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    answers = lines(tmp_path / "a.jsonl", ROWS)
+    named = credit(folder, answers, tmp_path / "out", "--reference", "org/base")
+    assert named["prompts"] == credit(folder, answers, tmp_path / "out")["prompts"]
 
 
 def test_sampled_kl_of_the_run(folder, tmp_path):

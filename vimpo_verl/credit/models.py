@@ -19,13 +19,14 @@ def describe(path: Path, which: str) -> tuple[Described | None, list[str]]:
     """Configuration and tokenizer of a model, or what is wrong with it.
 
     Args:
-        path: what `vimpo_verl.checkpoint.locate` takes.
+        path: what `vimpo_verl.checkpoint.locate` takes, or the name of a model in Hugging Face's cache, where training
+            has put it. Nothing is downloaded.
         which: how messages call it.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        found = locate(path)
+        found = locate(path if path.exists() else _cached(path))
     except NotAModel as error:
         return None, [f"{which}: {error}"]
     folder = found.tokenizer if isinstance(found, Checkpoint) else found
@@ -38,6 +39,17 @@ def describe(path: Path, which: str) -> tuple[Described | None, list[str]]:
     except (OSError, ValueError) as error:
         return None, [f"{which}: {folder}: no tokenizer that transformers can read: {error}"]
     return Described(found, config, tokenizer), []
+
+
+def _cached(name: Path) -> Path:
+    """Where Hugging Face's cache has the model of that name; the name itself if it does not."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return name
 
 
 def differences(policy: Described, reference: Described) -> list[str]:
