@@ -1,0 +1,262 @@
+"""What we rely on in verl, seam by seam: the table that test_contract.py runs.
+
+A new seam in verl_patches gets its lines here.
+"""
+
+from contract_checks import Called, Derives, Holds, Mentions, Parameters
+
+ALGOS = "verl.trainer.ppo.core_algos"
+TRAINER = "verl.trainer.ppo.v1.trainer_base:PPOTrainer"
+WORKERS = "verl.workers.engine_workers"
+ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
+LOSSES = "verl.workers.utils.losses"
+PADDING = "verl.workers.utils.padding"
+AGENT_LOOP = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ"
+STEP = ("self", "batch", "metrics")
+
+# seam (a name in verl_patches.seams, or "cpu: ..." for verl_patches/cpu) -> what it relies on
+CONTRACT = {
+    "estimator and policy loss": [
+        (f"{ALGOS}:register_adv_est", Called(1)),
+        (f"{ALGOS}:register_policy_loss", Called(1)),
+        (f"{ALGOS}:get_policy_loss_fn", Called(1)),
+        (f"{ALGOS}:POLICY_LOSS_REGISTRY", Holds(("vanilla", "vimpo"))),
+        (f"{ALGOS}:ADV_ESTIMATOR_REGISTRY", Holds(("grpo", "vimpo"))),
+        (
+            f"{ALGOS}:compute_policy_loss_vanilla",
+            Called(
+                0,
+                (
+                    "old_log_prob",
+                    "log_prob",
+                    "advantages",
+                    "response_mask",
+                    "loss_agg_mode",
+                    "config",
+                    "rollout_is_weights",
+                ),
+            ),
+        ),
+        # Whoever calls an estimator by its name hands it at least these.
+        (
+            "verl.trainer.ppo.ray_trainer:compute_advantage",
+            Mentions(("token_level_rewards", "response_mask", "uid", "index", "advantages", "returns")),
+        ),
+    ],
+    "reference policy": [
+        ("verl.trainer.ppo.utils:need_reference_policy", Parameters(("config",))),
+        ("verl.trainer.main_ppo:need_reference_policy", Parameters(("config",))),
+        (f"{TRAINER}._init_resource_pool_mgr", Mentions(("need_reference_policy",))),
+    ],
+    "validation in the driver": [
+        ("verl.utils.config:validate_config", Parameters(("config", "use_reference_policy", "use_critic"))),
+        ("verl.trainer.main_ppo:validate_config", Parameters(("config", "use_reference_policy", "use_critic"))),
+        ("verl.utils.config:omega_conf_to_dataclass", Called(1)),
+        ("verl.workers.config:PolicyLossConfig", Called(0, ("loss_mode",))),
+        ("verl.workers.config:PolicyLossConfig", Derives("verl_patches.policy_loss_config:VimpoPolicyLossConfig")),
+        ("verl:__version__", Holds(())),
+    ],
+    "trainer, worker, joint pass and value loss": [
+        ("verl.trainer.ppo.v1.trainer_base:TRAINER_REGISTRY", Holds(("sync", "colocate_async"))),
+        ("verl.trainer.ppo.v1.trainer_base:get_trainer_cls", Called(1)),
+        (f"{TRAINER}.__init__", Parameters(("self", "config"))),
+        (f"{TRAINER}.__init__", Mentions(("config", "use_reference_policy"))),
+        (f"{TRAINER}._init_resource_pool_mgr", Parameters(("self",))),
+        (f"{TRAINER}._init_resource_pool_mgr", Mentions(("role_worker_mapping", "ActorRolloutRef", "ActorRollout"))),
+        (
+            f"{TRAINER}._step_once",
+            Mentions(
+                (
+                    "_compute_old_log_prob",
+                    "_compute_ref_log_prob",
+                    "_compute_advantage",
+                    "_update_actor",
+                    "use_reference_policy",
+                )
+            ),
+        ),
+        (f"{TRAINER}._compute_old_log_prob", Parameters(STEP)),
+        (f"{TRAINER}._compute_old_log_prob", Mentions(("compute_log_prob", "log_probs", "entropy", "old_log_probs"))),
+        (f"{TRAINER}._compute_ref_log_prob", Parameters(STEP)),
+        (f"{TRAINER}._compute_ref_log_prob", Mentions(("ref_log_prob",))),
+        (f"{TRAINER}._compute_advantage", Parameters(STEP)),
+        (
+            f"{TRAINER}._compute_advantage",
+            Mentions(("rm_scores", "token_level_rewards", "response_mask", "uid", "advantages", "returns")),
+        ),
+        (f"{TRAINER}._update_actor", Parameters(STEP)),
+        (
+            f"{TRAINER}._update_actor",
+            Mentions(("actor/", "update_actor", "extra_info", "distillation_use_topk", "distillation_only")),
+        ),
+        (
+            "verl.trainer.ppo.padding_utils:construct_minimal_padding_template",
+            Mentions(("is_padding", "response_mask")),
+        ),
+        (f"{WORKERS}:ActorRolloutRefWorker", Holds(("actor_worker_cls", "init_model", "compute_log_prob"))),
+        (f"{WORKERS}:ActorRolloutRefWorker.__init__", Called(1, ("config", "role"))),
+        (f"{WORKERS}:ActorRolloutRefWorker.init_model", Parameters(("self",))),
+        (f"{WORKERS}:ActorRolloutRefWorker.init_model", Mentions(("actor_worker_cls", "set_loss_fn", "ref", "actor"))),
+        (f"{WORKERS}:ActorRolloutRefWorker.compute_log_prob", Parameters(("self", "data"))),
+        (f"{WORKERS}:ActorRolloutRefWorker.update_actor", Mentions(("train_mini_batch",))),
+        (
+            f"{WORKERS}:TrainingWorker.__init__",
+            Mentions(("engine", "engine_config", "model_config", "loss_fn", "device_name")),
+        ),
+        (f"{WORKERS}:TrainingWorker.train_mini_batch", Mentions(("train_batch", "mini_batch_size", "epochs"))),
+        (f"{WORKERS}:TrainingWorker.train_batch", Parameters(("self", "data"))),
+        (f"{WORKERS}:TrainingWorker.train_batch", Mentions(("loss_fn", "use_fused_kernels"))),
+        (f"{WORKERS}:TrainingWorker.infer_batch", Parameters(("self", "data"))),
+        (f"{WORKERS}:TrainingWorker.infer_batch", Mentions(("compute_loss", "loss_fn", "no_lora_adapter"))),
+        (f"{WORKERS}:TrainingWorker.set_loss_fn", Called(2)),
+        ("verl.single_controller.base.decorator:make_nd_compute_dataproto_dispatch_fn", Called(0, ("mesh_name",))),
+        ("verl.single_controller.base.decorator:register", Called(0, ("dispatch_mode",))),
+        ("verl.utils.profiler:DistProfiler.annotate", Called(0, ("color", "role"))),
+        # the joint pass: the hook that sees the policy's logits
+        (f"{ENGINE}.forward_step", Parameters(("self", "micro_batch", "loss_function", "forward_only"))),
+        (f"{ENGINE}.forward_step", Mentions(("model_output", "data", "dp_group"))),
+        (f"{ENGINE}.prepare_model_inputs", Parameters(("self", "micro_batch"))),
+        (f"{ENGINE}.prepare_model_inputs", Mentions(("input_ids_rmpad_rolled", "temperature", "pad_to_length"))),
+        (
+            f"{ENGINE}.prepare_model_outputs",
+            Parameters(("self", "output", "output_args", "micro_batch", "logits_processor_func")),
+        ),
+        (
+            f"{ENGINE}.prepare_model_outputs",
+            Mentions(
+                (
+                    "distillation_use_topk",
+                    "distillation_only",
+                    "student_logits",
+                    "data",
+                    "calculate_entropy",
+                    "log_probs",
+                    "entropy",
+                )
+            ),
+        ),
+        (f"{ENGINE}", Holds(("eval_mode", "disable_adapter", "get_data_parallel_group"))),
+        (f"{ENGINE}.forward_backward_batch", Mentions(("batch_num_tokens", "dp_size", "loss_mask", "forward_step"))),
+        # fused kernels
+        (
+            "verl.utils.experimental.torch_functional:FusedLinearForPPO.forward",
+            Parameters(("self", "hidden_states", "vocab_weights", "input_ids", "temperature")),
+        ),
+        # the value loss
+        (f"{LOSSES}:ppo_loss", Called(0, ("config", "model_output", "data", "dp_group"))),
+        (
+            f"{LOSSES}:ppo_loss",
+            Mentions(
+                (
+                    "get_policy_loss_fn",
+                    "loss_mode",
+                    "old_log_probs",
+                    "advantages",
+                    "rollout_is_weights",
+                    "response_mask",
+                    "log_probs",
+                )
+            ),
+        ),
+        (f"{PADDING}:no_padding_2_padding", Called(2)),
+        (f"{PADDING}:no_padding_2_padding", Mentions(("prompts", "responses"))),
+        (f"{PADDING}:response_from_nested", Called(2)),
+        ("verl.utils.metric:Metric", Called(0, ("value", "aggregation"))),
+        ("verl.utils.metric:AggregationType", Holds(("SUM",))),
+        ("verl.utils.tensordict_utils:assign_non_tensor", Called(1, ("anything",))),
+        ("verl.utils.tensordict_utils:get_non_tensor_data", Called(3)),
+        ("transfer_queue:kv_batch_get", Called(0, ("keys", "partition_id", "select_fields"))),
+        ("transfer_queue:kv_batch_put", Called(0, ("keys", "partition_id", "fields"))),
+        ("transfer_queue:KVBatchMeta", Called(0, ("keys", "tags", "partition_id", "extra_info"))),
+    ],
+    "complete checkpoints": [
+        (f"{TRAINER}._save_checkpoint", Parameters(("self",))),
+        (
+            f"{TRAINER}._save_checkpoint",
+            Mentions(("default_local_dir", "save_checkpoint", "max_ckpt_to_keep", "latest_checkpointed_iteration.txt")),
+        ),
+        (f"{TRAINER}._load_checkpoint", Parameters(("self",))),
+        (
+            f"{TRAINER}._load_checkpoint",
+            Mentions(("resume_mode", "resume_from_path", "default_local_dir", "find_latest_ckpt_path", "global_step_")),
+        ),
+        ("verl.utils.checkpoint.checkpoint_manager:get_checkpoint_tracker_filename", Called(1)),
+        (
+            f"{WORKERS}:ActorRolloutRefWorker.save_checkpoint",
+            Parameters(("self", "local_path", "hdfs_path", "global_step", "max_ckpt_to_keep")),
+        ),
+    ],
+    "bound on a stage": [
+        (f"{TRAINER}.fit", Mentions(("on_step_end", "_save_checkpoint", "_validate"))),
+        (f"{TRAINER}.step", Mentions(("_step_once",))),
+        (f"{TRAINER}._step_once", Mentions(("on_sample_begin", "on_sample_end", "_balance_batch", "replay_buffer"))),
+        (f"{TRAINER}._balance_batch", Called(2, ("metrics",))),
+        ("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.__init__", Mentions(("pending_keys", "running_keys"))),
+    ],
+    "reward noise": [
+        (f"{TRAINER}._compute_advantage", Parameters(STEP)),
+        (f"{TRAINER}._compute_advantage", Mentions(("rm_scores",))),
+        ("verl.trainer.ppo.padding_utils:construct_minimal_padding_template", Mentions(("is_padding", "rm_scores"))),
+        (f"{AGENT_LOOP}._agent_loop_postprocess", Mentions(("global_steps", "uid", "session_id"))),
+    ],
+    "cpu: platform": [
+        ("verl.plugin.platform:PlatformRegistry.register", Called(0, ("platform",))),
+        ("verl.plugin.platform:PlatformBase", Derives("verl_patches.cpu.platform:PlatformCPU")),
+    ],
+    "cpu: process group": [
+        (
+            "verl.utils.distributed:initialize_global_process_group_ray",
+            Called(0, ("timeout_second", "backend")),
+        ),
+    ],
+    "cpu: engines": [
+        ("verl.workers.engine.base:EngineRegistry.register", Called(0, ("model_type", "backend", "device"))),
+        (f"{ENGINE}._build_fsdp_module", Parameters(("self", "module"))),
+        (f"{ENGINE}._build_fsdp_module", Mentions(("forward_only", "offload_policy"))),
+        ("verl.workers.engine.fsdp.transformer_impl", Holds(("FSDPEngineWithLMHead", "FSDPEngineWithValueHead"))),
+        ("verl.workers.config:FSDPEngineConfig", Called(0, ("forward_only", "offload_policy"))),
+        ("torch.distributed.fsdp._init_utils", Holds(("_check_module_states_for_sync_module_states",))),
+    ],
+    "cpu: moves of the model": [
+        ("verl.utils.fsdp_utils:load_fsdp_model_to_gpu", Called(1)),
+        ("verl.utils.fsdp_utils:offload_fsdp_model_to_cpu", Called(1)),
+    ],
+}
+
+# What the driver reads or writes in verl's configuration, each with the default it must have for a GRPO recipe, or ANY.
+ANY = object()
+CONFIG_KEYS = {
+    "algorithm.adv_estimator": ANY,
+    "algorithm.gamma": 1.0,
+    "algorithm.lam": 1.0,
+    "algorithm.use_kl_in_reward": False,
+    "algorithm.rollout_correction.bypass_mode": False,
+    "algorithm.rollout_correction.rollout_is": None,
+    "algorithm.rollout_correction.rollout_rs": None,
+    "trainer.use_v1": True,
+    "trainer.v1.trainer_mode": ANY,
+    "trainer.v1.colocate_async.num_warmup_batches": ANY,
+    "critic.enable": None,
+    "distillation.enabled": False,
+    "data.max_response_length": ANY,
+    "data.train_batch_size": ANY,
+    "actor_rollout_ref.actor.strategy": ANY,
+    "actor_rollout_ref.actor.policy_loss.loss_mode": "vanilla",
+    "actor_rollout_ref.actor.policy_loss._target_": "verl.workers.config.PolicyLossConfig",
+    "actor_rollout_ref.actor.use_kl_loss": False,
+    "actor_rollout_ref.actor.kl_loss_coef": ANY,
+    "actor_rollout_ref.actor.entropy_coeff": 0,
+    "actor_rollout_ref.actor.ppo_epochs": 1,
+    "actor_rollout_ref.actor.use_prefix_grouper": False,
+    "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 1,
+    "actor_rollout_ref.ref.strategy": ANY,
+    "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size": 1,
+    "actor_rollout_ref.ref.log_prob_micro_batch_size": None,
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": None,
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": ANY,
+    "actor_rollout_ref.rollout.n": ANY,
+    "actor_rollout_ref.model.use_fused_kernels": False,
+    "actor_rollout_ref.model.lora_rank": ANY,
+    "actor_rollout_ref.model.lora.rank": ANY,
+    "actor_rollout_ref.model.lora_adapter_path": None,
+}
