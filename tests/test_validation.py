@@ -212,8 +212,8 @@ VALUES = [
 
 
 @functools.cache
-def small_recipe() -> str:
-    """What the checks look at, without the rest of verl's configuration, as YAML."""
+def small_recipe() -> dict:
+    """What the checks look at, without the rest of verl's configuration."""
     config, small = vimpo(), OmegaConf.create({})
     others = ["algorithm.adv_estimator", "data.max_response_length", "actor_rollout_ref.rollout.n"]
     others += [
@@ -221,7 +221,7 @@ def small_recipe() -> str:
     ]
     for key in [key for key in [*KEYS, *others, "reward"] if "vimpo" not in key and "noise" not in key]:
         OmegaConf.update(small, key, OmegaConf.select(config, key), force_add=True)
-    return OmegaConf.to_yaml(small)
+    return OmegaConf.to_container(small)
 
 
 @given(st.dictionaries(st.sampled_from(KEYS), st.sampled_from(VALUES), max_size=4))
