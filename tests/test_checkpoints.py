@@ -119,6 +119,14 @@ def test_two_torn_ones_are_both_named(root, capsys):
     assert "global_step_3 is torn" in said and "global_step_2 is torn" in said
 
 
+def test_never_one_that_is_newer_than_the_tracker_says(root):
+    """Somebody went back to step 2 on purpose."""
+    (root / TRACKER).write_text("2")
+    assert resumed_at(root) == 2
+    truncate(root / "global_step_2")
+    assert resumed_at(root) == 1
+
+
 def test_an_empty_tracker(root, capsys):
     (root / TRACKER).write_text("")
     assert resumed_at(root) == 3

@@ -1,7 +1,7 @@
 """Seam: which checkpoints are complete.
 
-Touches PPOTrainer._save_checkpoint and _load_checkpoint, by subclassing: VIMPO's trainers derive from CheckpointedTrainer.
-Checked against verl 0.9.1; no upstream issue.
+Touches PPOTrainer._save_checkpoint and _load_checkpoint, by subclassing: VIMPO's trainers derive from
+CheckpointedTrainer. Checked against verl 0.9.1; no upstream issue.
 
 verl writes a checkpoint's files, then `latest_checkpointed_iteration.txt`, the tracker, and loads whatever folder the
 tracker names. So a run that is killed while it writes is no problem, but a file that a power cut, a full disk or a broken
@@ -30,9 +30,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def begin(folder: Path) -> None:
-    """Mark a checkpoint's folder as one that is being written; also where an earlier attempt left something there."""
+    """Mark a checkpoint's folder as one that is being written, whatever an earlier attempt left there."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).unlink(missing_ok=True)
     _write(folder / MARK, "")
 
 
