@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import conftest  # noqa: E402, F401  sets the environment that verl reads at import
 import engine_harness as harness  # noqa: E402
+from engine_samples import make_samples  # noqa: E402
 
 BASE = harness.Setting(lr=0.0, knobs={"actor_coeff": 0.1})
 HOW = {
@@ -33,7 +34,7 @@ SEQUENCE_PARALLEL = 2
 
 
 def on_rank(rank: int, models: Path, setting: harness.Setting) -> harness.StepResult:
-    return harness.run_step(models, setting, harness.make_samples())
+    return harness.run_step(models, setting, make_samples())
 
 
 def difference(actual: harness.StepResult, expected: harness.StepResult) -> dict[str, float]:
@@ -57,7 +58,7 @@ def measure(models: Path) -> dict[str, dict[str, dict[str, float]]]:
     found, bases = {}, {}
     for dtype in ("fp32", "bf16"):
         setting = replace(BASE, dtype=dtype)
-        bases[dtype] = harness.run_step(models, setting, harness.make_samples())
+        bases[dtype] = harness.run_step(models, setting, make_samples())
         results = {how: on_rank(0, models, replace(setting, **changed)) for how, changed in HOW.items()}
         for ranks in RANKS:
             results[f"{ranks} data-parallel ranks"] = harness.run_on_ranks(ranks, on_rank, models, setting)[0]

@@ -5,7 +5,7 @@ by samples that are given.
 """
 
 import torch
-from engine_harness import Sample, nested
+from engine_samples import Sample, nested
 from test_validation import GRPO, compose, validate
 
 PARTITION = "train"

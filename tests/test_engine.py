@@ -9,7 +9,8 @@ Not covered here: Ray and the TransferQueue (test_trainer.py, test_end_to_end.py
 import engine_formula
 import pytest
 import torch
-from engine_harness import Setting, joint_pass, make_samples, make_uneven_samples, make_workers, run_step
+from engine_harness import Setting, joint_pass, make_workers, run_step
+from engine_samples import make_samples, make_uneven_samples
 
 # float32 through two layers against float64.
 TOLERANCE = 1e-5

@@ -8,7 +8,8 @@ output matrix of its own, verl 0.9.1's fused kernels fail by themselves, for GRP
 
 import pytest
 import torch
-from engine_harness import Setting, joint_pass, make_samples, make_workers, run_step
+from engine_harness import Setting, joint_pass, make_workers, run_step
+from engine_samples import make_samples
 
 TOLERANCE = 1e-5
 

@@ -15,7 +15,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_harness import Setting, make_samples, make_uneven_samples, placeholders, run_on_ranks, run_step
+from engine_harness import Setting, run_on_ranks, run_step
+from engine_samples import make_samples, make_uneven_samples, placeholders
 
 TOLERANCE = 1e-6
 # Three updates, which move the policy far enough for clipping to take part; both branches of the loss matter.

@@ -7,9 +7,8 @@ with kappa recomputed in the update. Not covered: the weight sync of LoRA to vLL
 
 import pytest
 import torch
-from engine_harness import (
-    Setting, joint_pass, make_samples, make_workers, parameters_of, response_part, run_step, to_tensordict,
-)  # fmt: skip
+from engine_harness import Setting, joint_pass, make_workers, parameters_of, run_step
+from engine_samples import make_samples, response_part, to_tensordict
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])

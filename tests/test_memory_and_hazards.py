@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_harness import VOCABULARY, Setting, joint_pass, make_samples, make_workers, run_step, training_data
+from engine_harness import Setting, joint_pass, make_workers, run_step, training_data
+from engine_samples import VOCABULARY, make_samples
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

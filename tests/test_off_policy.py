@@ -15,7 +15,8 @@ import math
 import engine_formula
 import pytest
 import torch
-from engine_harness import make_samples, parameters_of
+from engine_harness import parameters_of
+from engine_samples import make_samples
 from in_process import make_config, make_trainer, run_trainer_step
 from test_end_to_end import run_tiny
 

@@ -15,7 +15,8 @@ from types import SimpleNamespace as Namespace
 
 import hypothesis.strategies as st
 import torch
-from engine_harness import Setting, make_workers, parameters_of, placeholders, run_step
+from engine_harness import Setting, make_workers, parameters_of, run_step
+from engine_samples import placeholders
 from hypothesis import given
 
 

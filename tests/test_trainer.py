@@ -9,7 +9,8 @@ from dataclasses import replace
 import engine_formula
 import pytest
 import torch
-from engine_harness import make_samples, parameters_of, placeholders
+from engine_harness import parameters_of
+from engine_samples import make_samples, placeholders
 from in_process import make_config, make_trainer, run_trainer_step
 
 METRICS = {
