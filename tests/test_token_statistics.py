@@ -125,7 +125,7 @@ def test_a_small_kl_keeps_its_digits(shift, peak, offset):
     assert 0 < expected.token_kl.max() < shift**2
     for name in TokenStatistics._fields:
         result, wanted = getattr(statistics, name).double(), getattr(expected, name)
-        torch.testing.assert_close(result, wanted, rtol=1e-5, atol=1e-14, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(result, wanted, rtol=1e-5, atol=1e-13, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.fixture

@@ -94,19 +94,21 @@ def _torch_token_statistics(
     out = TokenStatistics(*(policy_logits.new_empty(tokens, dtype=dtype) for _ in TokenStatistics._fields))
     step = _chunk_rows(tokens, vocab_size)
     # Made once: on a CPU, fresh memory costs more than the arithmetic in it.
-    buffers = policy_logits.new_empty(4, step, vocab_size, dtype=torch.float64)
+    logits, probs = policy_logits.new_empty(2, 2, step, vocab_size, dtype=torch.float64)
     for start in range(0, tokens, step):
         rows = slice(start, start + step)
         label, scale = labels[rows].unsqueeze(-1), None if temperature is None else temperature[rows].unsqueeze(-1)
-        z, u, p, scratch = buffers[:, : len(label)]
-        _scale(z.copy_(policy_logits[rows]), scale), _scale(u.copy_(ref_logits[rows]), scale)
-        results = _chunk_statistics(z, u, label, p, scratch)
-        odd = ~torch.stack([result.isfinite() & (result > _LEAST_LOG_PROB) for result in results]).all(0)
+        chunk, chunk_probs = logits[:, : len(label)], probs[:, : len(label)]
+        chunk[0].copy_(policy_logits[rows]), chunk[1].copy_(ref_logits[rows])
+        if scale is not None:
+            chunk.div_(scale)
+        results = _chunk_statistics(chunk, label, chunk_probs)
+        odd = ~(results.isfinite() & (results > _LEAST_LOG_PROB)).all(0)
         if odd.any():
             z, u = policy_logits[rows][odd].double(), ref_logits[rows][odd].double()
-            _scale(z, None if scale is None else scale[odd]), _scale(u, None if scale is None else scale[odd])
-            for result, value in zip(results, _plain_statistics(z, u, label[odd]), strict=True):
-                result[odd] = value
+            if scale is not None:
+                z, u = z / scale[odd], u / scale[odd]
+            results[:, odd] = _plain_statistics(z, u, label[odd])
         for target, result in zip(out, results, strict=True):
             target[rows] = result
     return out
@@ -120,44 +122,37 @@ def _chunk_rows(tokens: int, vocab_size: int) -> int:
     return max(1, min(tokens, largest, max(smallest, tokens // _CHUNKS)))
 
 
-def _scale(logits: Tensor, temperature: Tensor | None) -> None:
-    if temperature is not None:
-        logits.div_(temperature)
-
-
-def _chunk_statistics(z: Tensor, u: Tensor, label: Tensor, p: Tensor, scratch: Tensor) -> tuple[Tensor, ...]:
+def _chunk_statistics(logits: Tensor, label: Tensor, probs: Tensor) -> Tensor:
     """The four numbers of a chunk of logits in float64, in which a KL, a small difference of sums, is safe.
 
-        p = softmax(z)          log p(y) = log p_y          logsumexp(z) = z_y - log p_y
-        q = softmax(u)          log q(y) = log q_y          logsumexp(u) = u_y - log q_y
-        KL = sum p (z - u) - (logsumexp(z) - logsumexp(u))  entropy = logsumexp(z) - sum p z
+    For the policy's logits z and the reference's u:
+
+        p = softmax(z)    logsumexp(z) = z_y - log p_y    entropy = logsumexp(z) - sum p z
+        q = softmax(u)    logsumexp(u) = u_y - log q_y    cross entropy = logsumexp(u) - sum p u
+        KL = cross entropy - entropy
 
     Args:
-        z, u: [n, V], logits of policy and reference. Overwritten.
+        logits: [2, n, V], z and u. Overwritten.
         label: [n, 1], y.
-        p, scratch: [n, V]. Overwritten.
+        probs: [2, n, V]. Overwritten.
 
     Returns:
-        log_prob, ref_log_prob, kl, entropy, each [n]. Not finite where an entry is not, or p_y or q_y is 0 in float64.
+        log_prob, ref_log_prob, kl, entropy, [4, n]. Not finite where an entry is not, or p_y or q_y is 0 in float64.
     """
-
-    def at_label(x: Tensor) -> Tensor:
-        return x.gather(-1, label).squeeze(-1)
-
-    log_prob = at_label(torch.softmax(z, dim=-1, out=p)).log()
-    ref_log_prob = at_label(torch.softmax(u, dim=-1, out=scratch)).log()
-    label_z, label_u = at_label(z), at_label(u)
-    entropy = (label_z - log_prob) - torch.mul(p, z, out=scratch).sum(-1)
-    kl = z.sub_(u).mul_(p).sum(-1) - ((label_z - label_u) - (log_prob - ref_log_prob))
-    return log_prob, ref_log_prob, kl, entropy
+    labels = label.expand(2, -1, 1)
+    log_probs = torch.softmax(logits, dim=-1, out=probs).gather(-1, labels).squeeze(-1).log()
+    log_sums = logits.gather(-1, labels).squeeze(-1) - log_probs
+    entropy, cross_entropy = log_sums - logits.mul_(probs[:1]).sum(-1)
+    return torch.stack([*log_probs, cross_entropy - entropy, entropy])
 
 
-def _plain_statistics(z: Tensor, u: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+def _plain_statistics(z: Tensor, u: Tensor, label: Tensor) -> Tensor:
     """The same where an entry or a label is impossible: what the policy holds impossible contributes nothing."""
     log_p, log_q = torch.log_softmax(z, dim=-1), torch.log_softmax(u, dim=-1)
+    log_prob, ref_log_prob = log_p.gather(-1, label).squeeze(-1), log_q.gather(-1, label).squeeze(-1)
     p = log_p.exp()
     kl = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
-    return log_p.gather(-1, label).squeeze(-1), log_q.gather(-1, label).squeeze(-1), kl, torch.special.entr(p).sum(-1)
+    return torch.stack([log_prob, ref_log_prob, kl, torch.special.entr(p).sum(-1)])
 
 
 def _require_shapes(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, temperature: Tensor | None) -> None:
