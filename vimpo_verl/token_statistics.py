@@ -117,8 +117,8 @@ def _torch_token_statistics(
 def _chunk_rows(tokens: int, vocab_size: int) -> int:
     """Tokens of a chunk."""
     smallest, largest = (elements // max(vocab_size, 1) for elements in (_SMALL_CHUNK, _LARGE_CHUNK))
-    threads = torch.get_num_threads()  # among which a softmax shares out the rows
-    largest = max(threads, largest // threads * threads)
+    # Threads share out a softmax, here of policy and reference together, by rows: two a token.
+    largest = max(largest, torch.get_num_threads() // 2)
     return max(1, min(tokens, largest, max(smallest, tokens // _CHUNKS)))
 
 
