@@ -5,15 +5,17 @@ torch version below; both give the same numbers to float32 accuracy. `linear_tok
 states and output matrices, where there are no logits.
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # Elements of one [chunk, V] buffer of the torch version. Fewer, and the calls cost more than the work; more (4 MiB in
-# float64), and the buffers leave a CPU's cache. Between the two an eighth of the tokens, which bounds the buffers
-# against the logits.
-_SMALL_CHUNK, _LARGE_CHUNK, _CHUNKS = 2**16, 2**19, 8
+# float64), and the buffers leave a CPU's cache. Between the two, the chunks at work together hold an eighth of the
+# tokens, which bounds the buffers against the logits.
+_SMALL_CHUNK, _LARGE_CHUNK, _PARTS = 2**16, 2**19, 8
 # The softmax of a label loses its digits near the smallest float64, exp(-708): there its log is taken another way.
 _LEAST_LOG_PROB = -700.0
 # Tokens whose logits `linear_token_statistics` makes at a time, as in verl's own fused output head.
@@ -92,38 +94,77 @@ def _torch_token_statistics(
     tokens, vocab_size = policy_logits.shape
     dtype = torch.float64 if policy_logits.dtype == torch.float64 else torch.float32
     out = TokenStatistics(*(policy_logits.new_empty(tokens, dtype=dtype) for _ in TokenStatistics._fields))
-    step = _chunk_rows(tokens, vocab_size)
-    # Made once: on a CPU, fresh memory costs more than the arithmetic in it.
-    logits, probs = policy_logits.new_empty(2, 2, step, vocab_size, dtype=torch.float64)
-    for start in range(0, tokens, step):
-        rows = slice(start, start + step)
-        label, scale = labels[rows].unsqueeze(-1), None if temperature is None else temperature[rows].unsqueeze(-1)
-        chunk, chunk_probs = logits[:, : len(label)], probs[:, : len(label)]
-        chunk[0].copy_(policy_logits[rows]), chunk[1].copy_(ref_logits[rows])
-        if scale is not None:
-            chunk.div_(scale)
-        results = _chunk_statistics(chunk, label, chunk_probs)
-        odd = ~(results.isfinite() & (results > _LEAST_LOG_PROB)).all(0)
-        if odd.any():
-            z, u = policy_logits[rows][odd].double(), ref_logits[rows][odd].double()
-            if scale is not None:
-                z, u = z / scale[odd], u / scale[odd]
-            results[:, odd] = _plain_statistics(z, u, label[odd])
-        for target, result in zip(out, results, strict=True):
-            target[rows] = result
+    threads, step = _threads_and_rows(policy_logits)
+    # Made once: on a CPU, fresh memory costs more than the arithmetic in it. [thread, logits or probs, model, row, V]
+    buffers = policy_logits.new_empty(threads, 2, 2, step, vocab_size, dtype=torch.float64)
+
+    @torch.no_grad()
+    def every_nth_chunk(thread: int) -> None:
+        logits, probs = buffers[thread]
+        for start in range(thread * step, tokens, threads * step):
+            rows = slice(start, start + step)
+            scale = None if temperature is None else temperature[rows].unsqueeze(-1)
+            chunk = policy_logits[rows], ref_logits[rows], labels[rows].unsqueeze(-1), scale
+            for target, result in zip(out, _chunk_statistics(*chunk, logits, probs), strict=True):
+                target[rows] = result
+
+    _in_threads(every_nth_chunk, threads)
     return out
 
 
-def _chunk_rows(tokens: int, vocab_size: int) -> int:
-    """Tokens of a chunk."""
+def _threads_and_rows(logits: Tensor) -> tuple[int, int]:
+    """Threads that work on chunks, and tokens of a chunk."""
+    tokens, vocab_size = logits.shape
     smallest, largest = (elements // max(vocab_size, 1) for elements in (_SMALL_CHUNK, _LARGE_CHUNK))
-    # Threads share out a softmax, here of policy and reference together, by rows: two a token.
-    largest = max(largest, torch.get_num_threads() // 2)
-    return max(1, min(tokens, largest, max(smallest, tokens // _CHUNKS)))
+    if tokens <= smallest or logits.device.type != "cpu":
+        return 1, max(1, min(tokens, largest))
+    threads = max(1, min(torch.get_num_threads(), tokens // _PARTS))
+    return threads, max(1, min(largest, max(smallest // threads, tokens // (_PARTS * threads))))
 
 
-def _chunk_statistics(logits: Tensor, label: Tensor, probs: Tensor) -> Tensor:
-    """The four numbers of a chunk of logits in float64, in which a KL, a small difference of sums, is safe.
+def _in_threads(function: Callable[[int], None], threads: int) -> None:
+    """function(i) for i < threads at once, each with one thread for its operators.
+
+    Operators that share out their own work meet after each one. Where other processes want the cores, a meeting takes
+    as long as the scheduler likes, and every chunk would have several.
+    """
+    if threads == 1:
+        return function(0)
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(function, range(threads)))
+    finally:
+        torch.set_num_threads(before)  # what a worker sets also holds for threads that start later
+
+
+def _chunk_statistics(
+    policy_logits: Tensor, ref_logits: Tensor, label: Tensor, scale: Tensor | None, logits: Tensor, probs: Tensor
+) -> Tensor:
+    """The four numbers of a chunk, [4, n], in float64, in which a KL, a small difference of sums, is safe.
+
+    Args:
+        policy_logits, ref_logits: [n, V].
+        label: [n, 1].
+        scale: temperature, [n, 1], or None.
+        logits, probs: buffers, [2, at least n, V].
+    """
+    logits, probs = logits[:, : len(label)], probs[:, : len(label)]
+    logits[0].copy_(policy_logits), logits[1].copy_(ref_logits)
+    if scale is not None:
+        logits.div_(scale)
+    results = _ordinary_statistics(logits, label, probs)
+    odd = ~(results.isfinite() & (results > _LEAST_LOG_PROB)).all(0)
+    if odd.any():
+        z, u = policy_logits[odd].double(), ref_logits[odd].double()
+        if scale is not None:
+            z, u = z / scale[odd], u / scale[odd]
+        results[:, odd] = _plain_statistics(z, u, label[odd])
+    return results
+
+
+def _ordinary_statistics(logits: Tensor, label: Tensor, probs: Tensor) -> Tensor:
+    """From one softmax of both models.
 
     For the policy's logits z and the reference's u:
 
@@ -132,7 +173,7 @@ def _chunk_statistics(logits: Tensor, label: Tensor, probs: Tensor) -> Tensor:
         KL = cross entropy - entropy
 
     Args:
-        logits: [2, n, V], z and u. Overwritten.
+        logits: [2, n, V], z and u, float64. Overwritten.
         label: [n, 1], y.
         probs: [2, n, V]. Overwritten.
 
