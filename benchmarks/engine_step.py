@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import conftest  # noqa: E402, F401  sets the environment that verl reads at import
 import engine_harness as harness  # noqa: E402
 import torch  # noqa: E402
-from report import arguments, interleaved, show, spread  # noqa: E402
+from report import arguments, interleaved, save, show, spread  # noqa: E402
 from tensor_memory import TensorMemory, extra_bytes  # noqa: E402
 
 # hidden, intermediate, layers, heads, key-value heads, head dimension
@@ -232,6 +232,7 @@ def main() -> None:
         dtype="fp32", fused=0,
     )  # fmt: skip
     harness.start_process_group()
+    title = f"A step on verl's FSDP engine, {options.shape}"
     rows, large = [], {}
     for tokens, vocabulary, ranks in grid(options):
         with tempfile.TemporaryDirectory() as folder:
@@ -240,7 +241,8 @@ def main() -> None:
             found, large = on_rank(0, *share) if ranks == 1 else harness.run_on_ranks(ranks, on_rank, *share)[0]
         rows += rows_of(found, tokens=tokens, V=vocabulary, ranks=ranks)
         print(rows[-1], flush=True)
-    show(f"A step on verl's FSDP engine, {options.shape}", rows, options.json, logits_sized_tensors_of_update=large)
+        save(title, rows, options.json, logits_sized_tensors_of_update=large)
+    show(title, rows, options.json, logits_sized_tensors_of_update=large)
     for recipe, shapes in large.items():
         print(f"logits-sized tensors made in the update of {recipe}: {sum(shapes.values())} {shapes}")
 

@@ -13,11 +13,12 @@ plain formula, or the inputs themselves. --profile 1 also prints which operators
 from statistics import median
 
 import torch
-from report import arguments, available_bytes, interleaved, show, spread
+from report import arguments, available_bytes, interleaved, save, show, spread
 from tensor_memory import extra_bytes
 
 from vimpo_verl.token_statistics import token_statistics
 
+TITLE = "Token statistics of two logits tensors"
 DOES_NOT_FIT = "does not fit"
 # Bytes an element of the plain formula: five float32 tensors alive together; float32 copies of half inputs come and go.
 PLAIN_BYTES = {"float32": 20, "bfloat16": 24, "float16": 24}
@@ -112,7 +113,8 @@ def main() -> None:
     for dtype, vocabulary, tokens in grid:
         rows.append(measure(dtype, vocabulary, tokens, options))
         print(rows[-1], flush=True)
-    show("Token statistics of two logits tensors", rows, options.json, distance=options.distance)
+        save(TITLE, rows, options.json, distance=options.distance)
+    show(TITLE, rows, options.json, distance=options.distance)
 
 
 if __name__ == "__main__":

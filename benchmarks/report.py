@@ -86,6 +86,11 @@ def show(title: str, rows: list[dict[str, Any]], json_file: Path | None, **extra
     console = Console(width=160)
     console.print(table)
     console.print(", ".join(f"{name} {value}" for name, value in machine().items() if value is not None))
+    save(title, rows, json_file, **extra)
+
+
+def save(title: str, rows: list[dict[str, Any]], json_file: Path | None, **extra: Any) -> None:
+    """Write the rows as JSON; also after each of them, where a run is long and may be cut short."""
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps({"title": title, "machine": machine(), **extra, "rows": rows}, indent=1) + "\n")
