@@ -1,5 +1,5 @@
 "use strict";
-// Shows the data block of this file. Text of models goes through textContent only; the drawing of a prompt waits until it is opened.
+// Shows the data block of this file. Text of models goes through textContent only. A prompt is drawn when it is opened.
 const data = JSON.parse(document.getElementById("data").textContent);
 const readout = document.getElementById("readout");
 const SVG = "http://www.w3.org/2000/svg";
@@ -53,7 +53,9 @@ function tokenElement(answer, t) {
 
 function paint(box) {
   const answer = box.answer;
-  for (const span of box.querySelectorAll(".tokens span")) span.style.background = background(colourOf(answer, +span.dataset.t));
+  for (const span of box.querySelectorAll(".tokens span")) {
+    span.style.background = background(colourOf(answer, +span.dataset.t));
+  }
 }
 
 // ---- the curve ----
@@ -88,19 +90,23 @@ function plot(answer, [low, high], width) {
   const y = (v) => TOP + ((high - Math.min(Math.max(v, low), high)) / (high - low)) * (HEIGHT - TOP - BOTTOM);
   const off = answer.reward > high ? "↑ " : answer.reward < low ? "↓ " : "";
   const end = answer.baseline + answer.judgement, right = width - RIGHT;
-  const made = drawn("svg", {viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": `value along the answer, from V0 ${answer.baseline.toFixed(3)} to ${end.toFixed(3)}, reward ${answer.reward}`});
+  const label = `value from V0 ${answer.baseline.toFixed(3)} to ${end.toFixed(3)}, reward ${answer.reward}`;
+  const made = drawn("svg", {viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": label});
+  const level = (v) => ({x1: LEFT, x2: right, y1: y(v), y2: y(v)});
+  const points = thinned(curve).map((t) => `${x(t).toFixed(1)},${y(curve[t]).toFixed(1)}`);
   made.append(
-    drawn("line", {class: "start", x1: LEFT, x2: right, y1: y(answer.baseline), y2: y(answer.baseline)}),
-    drawn("line", {class: off ? "reward off" : "reward", x1: LEFT, x2: right, y1: y(answer.reward), y2: y(answer.reward)}),
+    drawn("line", {class: "start", ...level(answer.baseline)}),
+    drawn("line", {class: off ? "reward off" : "reward", ...level(answer.reward)}),
     drawn("line", {class: "gap", x1: right + 5, x2: right + 5, y1: y(end), y2: y(answer.reward)}),
-    drawn("path", {class: "curve", d: "M" + thinned(curve).map((t) => `${x(t).toFixed(1)},${y(curve[t]).toFixed(1)}`).join("L")}),
+    drawn("path", {class: "curve", d: "M" + points.join("L")}),
     drawn("circle", {class: "end", cx: right, cy: y(end), r: 3.5}),
     drawn("text", {x: LEFT - 5, y: y(answer.baseline) + 4, "text-anchor": "end"}, "V0"),
     drawn("text", {x: LEFT, y: HEIGHT - 2}, "token 1"),
     drawn("text", {x: right, y: HEIGHT - 2, "text-anchor": "end"}, String(last)),
   );
   // The labels at the end keep apart, whatever the numbers are.
-  const labels = [[y(answer.reward), `${off}R ${+answer.reward.toPrecision(3)}`], [y(end), `S ${small(answer.judgement)}`]];
+  const reward = `${off}R ${+answer.reward.toPrecision(3)}`;
+  const labels = [[y(answer.reward), reward], [y(end), `S ${small(answer.judgement)}`]];
   const apart = 13, upper = labels[0][0] <= labels[1][0] ? 0 : 1;
   const overlap = apart - (labels[1 - upper][0] - labels[upper][0]);
   if (overlap > 0) { labels[upper][0] -= overlap / 2; labels[1 - upper][0] += overlap / 2; }
@@ -121,7 +127,8 @@ function show(box, t) {
   const fields = [
     ["token", `${t + 1} of ${tokens.id.length}`], ["id", at("id")], ["log π", precise(at("log_prob"))],
     ["log π_ref", precise(at("ref_log_prob"))], ["KL", at("kl").toPrecision(3)],
-    ["td", precise(at("td"))], ["V(s_t)", precise(at("value"))], ["from V0", precise(at("value") + answer.judgement)], ["A", precise(at("advantage"))],
+    ["td", precise(at("td"))], ["V(s_t)", precise(at("value"))], ["from V0", precise(at("value") + answer.judgement)],
+    ["A", precise(at("advantage"))],
   ];
   const text = at("text") === "" ? "part of a character" : JSON.stringify(at("text"));
   readout.replaceChildren(element("code", "", text), ...fields.map(([name, value]) => {
@@ -167,8 +174,8 @@ function answerElement(answer, number) {
   box.plot = drawn("svg", {});
   const numbers = element("p", "numbers");
   for (const [name, value] of [
-    ["answer", number], ["R", +answer.reward.toPrecision(4)], ["V0", answer.baseline.toFixed(3)], ["S", small(answer.judgement)],
-    ["residual", small(answer.residual)], ["tokens", answer.tokens.id.length], ["times", answer.times],
+    ["answer", number], ["R", +answer.reward.toPrecision(4)], ["V0", answer.baseline.toFixed(3)],
+    ["S", small(answer.judgement)], ["residual", small(answer.residual)], ["tokens", answer.tokens.id.length], ["times", answer.times],
   ]) {
     if (name === "times" && value === 1) continue;
     const field = element("span", "", `${name} `);
