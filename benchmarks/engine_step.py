@@ -5,11 +5,11 @@ Three recipes: GRPO (old log-probs, update), GRPO with KL (old, reference, updat
 update). Everything of a step but generation. The stages of all recipes are timed in turn; a ratio is to GRPO with KL
 in the same round: the median over the rounds, and the smallest and largest. --tokens, --vocabulary and --ranks take
 several values, for growth: each is varied with the first of the others. Several ranks are processes of one gloo group,
-which share the tokens and this machine.
+which share the tokens and this machine. --clock cpu counts processor seconds, for a machine that others use, too.
 
-    python benchmarks/engine_step.py --json benchmarks/results/engine_step_cpu.json
-    python benchmarks/engine_step.py --tokens 1024 2048 4096 --vocabulary 32000 64000 128000 --ranks 1 2 \\
-        --json benchmarks/results/growth_cpu.json
+    OMP_NUM_THREADS=1 python benchmarks/engine_step.py --clock cpu --json benchmarks/results/engine_step_cpu.json
+    OMP_NUM_THREADS=1 python benchmarks/engine_step.py --clock cpu --tokens 512 1024 2048 \\
+        --vocabulary 32000 64000 128000 --ranks 1 2 --json benchmarks/results/growth_cpu.json
     python benchmarks/engine_step.py --shape qwen3-1.7b --vocabulary 151936 --tokens 16384 --length 4096 \\
         --dtype bf16 --json benchmarks/results/engine_step_gpu.json      (on a GPU)
 """
@@ -148,10 +148,10 @@ def counted_forwards():
         FSDPEngineWithLMHead.forward_step = verls
 
 
-def measure(stages: Stages, repeats: int) -> dict[str, dict[str, Any]]:
+def measure(stages: Stages, repeats: int, clock: str) -> dict[str, dict[str, Any]]:
     """Recipe -> times of a step in each round, bytes of its passes and of its update, forwards a sequence."""
     calls = {(recipe, name): call for recipe in RECIPES for name, call in stages.of(recipe).items()}
-    taken = interleaved(calls, repeats)
+    taken = interleaved(calls, repeats, clock)
     found = {}
     for recipe in RECIPES:
         mine = [(name, call) for (whose, name), call in calls.items() if whose == recipe]
@@ -212,7 +212,7 @@ def on_rank(rank: int, folder: Path, tokens: int, vocabulary: int, ranks: int, o
         micro_batch_size=1, dtype=options.dtype, use_fused_kernels=bool(options.fused), equal_models=True
     )
     stages = Stages(folder, mine, setting)
-    return measure(stages, options.repeats), large_tensors(stages, vocabulary)
+    return measure(stages, options.repeats, options.clock), large_tensors(stages, vocabulary)
 
 
 def grid(options) -> list[tuple[int, int, int]]:
@@ -229,7 +229,7 @@ def grid(options) -> list[tuple[int, int, int]]:
 def main() -> None:
     options = arguments(
         __doc__.splitlines()[0], shape="small", vocabulary=[32_000], tokens=[2048], ranks=[1], length=256, repeats=5,
-        dtype="fp32", fused=0,
+        dtype="fp32", fused=0, clock="wall",
     )  # fmt: skip
     harness.start_process_group()
     title = f"A step on verl's FSDP engine, {options.shape}"
