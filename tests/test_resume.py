@@ -5,10 +5,10 @@ trainer.resume_mode=auto: every metric under vimpo/, critic/ and actor/ of every
 have the same seeds (plugins/reproducible_rollout.py), because verl's own rollout is not repeatable. Checkpoints that were cut
 off, and one that is truncated afterwards, are refused by name.
 
-Not claimed: more than one rank, and GPUs. About a quarter of an hour: real verl, Ray, FSDP2 and vLLM, twelve starts.
+Not claimed: more than one rank, and GPUs. About a quarter of an hour on two cores: real verl, Ray, FSDP2 and vLLM, twelve starts.
 """
 
-import json
+import time
 
 import pytest
 from tiny_process import TinyRun
@@ -31,7 +31,13 @@ KILLS = [
     ("joint_pass", 4, 4),
     ("dataloader_file", 6, 5),
 ]
-TORN = {2: "global_step_2", 4: "global_step_3", 6: "latest_checkpointed_iteration.txt is torn", 9: "global_step_6"}
+# Kill -> what the next start says.
+UNFINISHED = "is torn: the run ended while it was being written"
+TORN = {
+    2: f"global_step_2 {UNFINISHED}",
+    4: f"global_step_3 {UNFINISHED}",
+    6: "latest_checkpointed_iteration.txt is torn: it has ''",
+}
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(2400)]
 
@@ -48,7 +54,7 @@ def uninterrupted(tmp_path_factory) -> dict:
 
 
 def test_ten_kills_change_nothing(uninterrupted, tmp_path):
-    assert sorted(uninterrupted) == list(range(1, STEPS + 1)) and len(uninterrupted[1]) > 40
+    assert sorted(uninterrupted) == list(range(1, STEPS + 1)) and len(uninterrupted[1]) > 30
     first, seen = 1, {}
     for number, (point, step, next_first) in enumerate(KILLS):
         passed = step - first
@@ -62,6 +68,7 @@ def test_ten_kills_change_nothing(uninterrupted, tmp_path):
         run.kill_at_incident(300)
         assert sorted(run.steps) == list(range(first, step)), f"kill {number}: {point} in step {step}"
         check_equal(run, uninterrupted, seen)
+        print(f"kill {number + 1}: {point} in step {step}, after {time.monotonic() - run.started:.0f} s; steps {sorted(run.steps)} equal")
         if number - 1 in TORN:
             assert TORN[number - 1] in run.log, "the torn checkpoint of the kill before is refused by name"
         first = next_first
@@ -70,12 +77,12 @@ def test_ten_kills_change_nothing(uninterrupted, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-1000])
     last = start(tmp_path, "trainer.resume_mode=auto", VERL_USE_EXTERNAL_MODULES="reproducible_rollout")
     assert last.wait(300) == 0, last.log[-4000:]
-    assert "global_step_6 is torn: the run ended while it was being written" in last.log
+    assert f"global_step_6 {UNFINISHED}" in last.log
     assert "global_step_5 is torn: actor/model_world_size_1_rank_0.pt has" in last.log
     assert sorted(last.steps) == [5, 6]
     check_equal(last, uninterrupted, seen)
     assert sorted(seen) == sorted(uninterrupted), "every step was compared"
-    print(json.dumps({step: count for step, count in seen.items()}))
+    print(f"each step was compared this often: {seen}, {len(uninterrupted[1])} metrics or more a step")
 
 
 def check_equal(run: TinyRun, uninterrupted: dict, seen: dict) -> None:

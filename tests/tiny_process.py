@@ -100,8 +100,8 @@ class TinyRun:
     @property
     def steps(self) -> dict[int, dict[str, float]]:
         """Step -> what training computed; without times and memory."""
-        found = {}
-        for line in (self.folder / "metrics.jsonl").read_text().splitlines():
+        metrics, found = self.folder / "metrics.jsonl", {}
+        for line in metrics.read_text().splitlines() if metrics.exists() else []:  # a run that ended early has none
             record = json.loads(line)
             found[record["step"]] = {
                 name: value

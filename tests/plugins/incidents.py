@@ -92,7 +92,7 @@ def _with_nan(wrapped, args, kwargs):
 
 def _save(wrapped, instance, args, kwargs):
     """torch.save of which half reaches the file."""
-    content, path = args
+    content, path = args[0], args[1] if len(args) > 1 else kwargs["f"]
     if not Path(str(path)).name.startswith(FILES[POINT]) or not _is_due():
         return wrapped(*args, **kwargs)
     whole = io.BytesIO()
