@@ -184,6 +184,14 @@ def test_threads_change_nothing(threads):
     assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(actual, expected, strict=True))
 
 
+def test_in_inference_mode():
+    policy, ref, labels = inputs(67, 5_000)
+    expected = token_statistics(policy, ref, labels)
+    with torch.inference_mode():
+        actual = token_statistics(policy.clone(), ref.clone(), labels)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
 def test_a_fault_in_a_thread_is_raised():
     policy, ref, labels = inputs(67, 5_000)
     with pytest.raises(RuntimeError, match="index .* out of bounds"):

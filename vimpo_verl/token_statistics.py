@@ -98,6 +98,9 @@ def _torch_token_statistics(
     # Made once: on a CPU, fresh memory costs more than the arithmetic in it. [thread, logits or probs, model, row, V]
     buffers = policy_logits.new_empty(threads, 2, 2, step, vocab_size, dtype=torch.float64)
 
+    inference = torch.is_inference_mode_enabled()  # a mode is a thread's own
+
+    @torch.inference_mode(inference)
     @torch.no_grad()
     def every_nth_chunk(thread: int) -> None:
         logits, probs = buffers[thread]
