@@ -18,6 +18,7 @@ from tiny_process import ROOT, TinyRun
 from verl_patches.checkpoints import latest_complete
 
 BOUND = 75  # algorithm.vimpo.stage_timeout of the runs that hang; the start-up has to fit into it, too
+BOUND_OF_TWO_RANKS = 150
 SHUTDOWN = 45  # seconds that a run has to end after it has noticed
 REWARD = (
     f"reward.custom_reward_function.path={ROOT}/tests/plugins/faulty_reward.py",
@@ -31,7 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(500)]
 class Fault:
     """A run of three steps with a fault in it, to its end."""
 
-    def __init__(self, folder, *overrides, incident=None, checkpoints=None, steps=3, **environment):
+    def __init__(self, folder, *overrides, incident=None, checkpoints=None, steps=3, bound=BOUND, **environment):
         if incident:
             environment |= {"INCIDENT": incident, "VERL_USE_EXTERNAL_MODULES": "incidents"}
         self.checkpoints = checkpoints or folder / "checkpoints"
@@ -39,7 +40,7 @@ class Fault:
             folder,
             "trainer.save_freq=1",
             f"trainer.default_local_dir={self.checkpoints}",
-            f"+algorithm.vimpo.stage_timeout={BOUND}",
+            f"+algorithm.vimpo.stage_timeout={bound}",
             *overrides,
             STEPS=str(steps),
             **environment,
@@ -95,8 +96,8 @@ def test_a_vllm_server_that_dies_in_the_generation(tmp_path):
 
 def test_a_worker_that_dies_in_the_update(tmp_path):
     """One of two ranks; the other waits for it in the gradient's all-reduce."""
-    run = Fault(tmp_path, incident="gradients:2:die:rank-1", RANKS="2")
-    run.stopped(within=BOUND + SHUTDOWN)
+    run = Fault(tmp_path, incident="gradients:2:die:rank-1", bound=BOUND_OF_TWO_RANKS, RANKS="2")
+    run.stopped(within=BOUND_OF_TWO_RANKS + SHUTDOWN)
     run.says(r"The actor died unexpectedly.*|The actor is dead.*|ActorDiedError.*")
     run.resumable_at(1)
 
@@ -138,7 +139,7 @@ def test_a_reward_that_is_nan(tmp_path):
 
 
 def test_logits_that_are_nan(tmp_path):
-    run = Fault(tmp_path, incident="logits:2:nan:rank-1", RANKS="2")
+    run = Fault(tmp_path, incident="logits:2:nan:rank-1", bound=BOUND_OF_TWO_RANKS, RANKS="2")
     run.stopped(within=SHUTDOWN)
     run.says(r"step 2: (ref_log_prob|token_kl) is nan at response token \d+ of sample \S+ on data-parallel rank 1 .*")
     run.resumable_at(1)
