@@ -70,17 +70,17 @@ def make_samples(tokens: int, vocabulary: int, length: int) -> list[harness.Samp
 
 
 class Stages:
-    """The stages of a step of each recipe, over the same workers and batch."""
+    """The stages of a step of each recipe, over the same workers and batch, of which every rank has its share."""
 
-    def __init__(self, folder: Path, samples: list[harness.Sample], setting: harness.Setting):
+    def __init__(self, folder: Path, samples: list[harness.Sample], mine: slice, setting: harness.Setting):
         from verl.workers.utils.losses import ppo_loss
 
-        self.samples, self.setting = samples, setting
+        self.all_samples, self.samples, self.mine, self.setting = samples, samples[mine], mine, setting
         self.workers = harness.make_workers(folder, setting)
         self.vimpo_loss = self.workers.actor.loss_fn
         self.actor_config = self.vimpo_loss.ppo_loss.keywords["config"]
         self.ppo_loss = ppo_loss
-        self.per_token = self.joint_pass()
+        self.per_token = harness.gather_rows(self.joint_pass())
         from vimpo_verl.batch import compute_batch
 
         padded = harness.padded
@@ -126,7 +126,7 @@ class Stages:
         return self._train()
 
     def _train(self):
-        data = harness.training_data(self.samples, self.per_token, self.batch, self.setting)[:]
+        data = harness.training_data(self.all_samples, self.per_token, self.batch, self.setting)[self.mine]
         return self.workers.actor.train_mini_batch(data)
 
 
@@ -207,11 +207,11 @@ def large_tensors(stages: Stages, vocabulary: int) -> dict[str, dict[str, int]]:
 def on_rank(rank: int, folder: Path, tokens: int, vocabulary: int, ranks: int, options) -> tuple[dict, dict]:
     """What this rank measures with its share of the tokens, and the logits-sized tensors of its updates."""
     samples = make_samples(tokens, vocabulary, options.length)
-    mine = samples[harness.slice_of_rank(len(samples), rank, ranks)]  # its own batch as far as the loss is concerned
+    mine = harness.slice_of_rank(len(samples), rank, ranks)
     setting = harness.Setting(
         micro_batch_size=1, dtype=options.dtype, use_fused_kernels=bool(options.fused), equal_models=True
     )
-    stages = Stages(folder, mine, setting)
+    stages = Stages(folder, samples, mine, setting)
     return measure(stages, options.repeats, options.clock), large_tensors(stages, vocabulary)
 
 

@@ -47,13 +47,16 @@ def compiled(device: str):
 
 
 def draw(tokens: int, vocabulary: int, dtype: torch.dtype, device: str, distance: float):
-    """Random logits of a policy, and of a reference at `distance`; a few tokens at a time, to hold no float32 copy."""
+    """Random logits of a policy, a reference at `distance`, sampled tokens; a few at a time, to hold no float32 copy."""
     generator = torch.Generator(device).manual_seed(0)
     z, u = (torch.empty(tokens, vocabulary, dtype=dtype, device=device) for _ in range(2))
+    labels = torch.empty(tokens, dtype=torch.long, device=device)
     for rows in (slice(start, start + DRAWN_TOKENS) for start in range(0, tokens, DRAWN_TOKENS)):
         z[rows] = 3 * torch.randn(z[rows].shape, generator=generator, device=device)
         u[rows] = z[rows] + distance * torch.randn(z[rows].shape, generator=generator, device=device)
-    return z, u, torch.randint(vocabulary, (tokens,), generator=generator, device=device)
+        probs = torch.softmax(z[rows].float(), -1)
+        labels[rows] = torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    return z, u, labels
 
 
 def measure(dtype: str, vocabulary: int, tokens: int, options) -> dict:

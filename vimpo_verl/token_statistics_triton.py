@@ -1,17 +1,22 @@
 """The Triton kernel behind `token_statistics`: one program a token, one read of each logits tensor.
 
-Notation, for one token: z, u the logits of policy and reference, m a running maximum of z, w = exp(z - m), and
+All entries of a token's vocabulary are taken relative to the sampled token y, in bits (base 2 is what a GPU has):
 
-    s = sum w              t = sum w (z - m)          entropy = log s - t/s
-    m', s'  the same of u  r = sum w (u - m')         log p(y) = z_y - m - log s
-    d = z - u              a centre c near E_p[d]     delta = d - c
-    D = sum w delta        G = sum w g(delta), g(x) = x + expm1(-x) >= 0
+    w = p/p_y    v = q/q_y    delta = log2 (w/v)    p, q the probabilities of policy and reference
+    s = sum w         log p_y = -log s
+    s' = sum v        log q_y = -log s'
+    t = sum w log2 w  entropy = log s - ln2 t/s
+    D = sum w delta   G = sum w g(delta),  g(x) = 2^-x - 1 + x ln2 >= 0
 
-The KL is (t - r)/s - log s + log s'. In float32 that loses a small KL, which is a difference of sums of order 10. There the
-kernel uses KL = D/s + log1p((G - D)/s) instead: G is of second order in delta, and no normaliser enters. The centre follows the
-running mean, which keeps D near zero; moving it by h turns G into
+Since v = w 2^-delta, s' = s - ln2 D + G, and with a = ln2 D/s, b = G/s
 
-    e^h G - expm1(h) D + g(-h) s,   since g(x - h) = e^h g(x) + (1 - e^h) x + g(-h);   expm1(h) = h + g(-h).
+    KL = sum p ln2 log2(p/q) = a + log(s'/s) = a + log(1 + b - a) = b - h(b - a),   h(x) = x - log(1 + x) >= 0.
+
+Nothing is lost of a small KL, because G is of second order in delta, as long as h does not nearly cancel b: as long as delta is
+measured from somewhere near its mean under the policy. The sampled token is such a place, since (E_p[delta])^2 is Var_p[delta] on
+average over samples. It is a good reference for the exponents, too: nothing can overflow unless the policy sampled what it
+holds next to impossible. So the loop over the vocabulary needs no running maximum and no rescaling. A row for which either
+fails, or with an infinite entry, is marked and done again by `careful_token_statistics_kernel`.
 """
 
 import torch
@@ -19,8 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 4096  # vocabulary entries read at a time
-_WARPS = 8
+from vimpo_verl.token_statistics_triton_careful import CAREFUL_BLOCK, CAREFUL_WARPS, careful_token_statistics_kernel
+
+# Vocabulary entries read at a time and warps that share them: eight entries a thread, 16 bytes of bfloat16.
+BLOCK = 1024
+WARPS = 4
 
 
 def triton_token_statistics(
@@ -40,22 +48,18 @@ def triton_token_statistics(
     policy_logits, ref_logits = _rows_contiguous(policy_logits), _rows_contiguous(ref_logits)
     out = policy_logits.new_empty(4, tokens, dtype=torch.float32)
     if tokens:
-        block = min(_BLOCK, triton.next_power_of_2(vocab_size))
+        redo = torch.empty_like(labels, dtype=torch.int8)
         scale = labels if temperature is None else temperature.float().contiguous()  # labels: a pointer never read
-        _token_statistics_kernel[(tokens,)](
-            policy_logits,
-            ref_logits,
-            labels.contiguous(),
-            scale,
-            out,
-            policy_logits.stride(0),
-            ref_logits.stride(0),
-            tokens,
-            vocab_size,
-            HAS_TEMPERATURE=temperature is not None,
-            BLOCK=block,
-            num_warps=_WARPS,
-        )
+        inputs = policy_logits, ref_logits, labels.contiguous(), scale, redo, out
+        sizes = policy_logits.stride(0), ref_logits.stride(0), tokens, vocab_size
+        for kernel, largest, warps in (
+            (token_statistics_kernel, BLOCK, WARPS),
+            (careful_token_statistics_kernel, CAREFUL_BLOCK, CAREFUL_WARPS),
+        ):
+            block = min(largest, triton.next_power_of_2(vocab_size))
+            kernel[(tokens,)](
+                *inputs, *sizes, HAS_TEMPERATURE=temperature is not None, BLOCK=block, num_warps=warps
+            )
     return out[0], out[1], out[2], out[3]
 
 
@@ -64,35 +68,42 @@ def _rows_contiguous(logits: Tensor) -> Tensor:
 
 
 @triton.jit
-def _g_of(x):
-    """x + expm1(-x) for |x| < 1/2, as x^2 (1/2! - x/3! + x^2/4! - ... + x^6/8!)."""
-    inner = 1.0 / 120 + x * (-1.0 / 720 + x * (1.0 / 5040 - x * (1.0 / 40320)))
-    inner = 1.0 / 2 - x * (1.0 / 6 - x * (1.0 / 24 - x * inner))
-    return x * x * inner
+def _g_over_x(x):
+    """(2^-x - 1 + x ln2) / x for |x| < 1, to 2e-7: x times the polynomial that meets g(x)/x^2 at six Chebyshev points."""
+    inner = tl.fma(x, -1.5406158e-5, 1.5602958e-4)
+    inner = tl.fma(x, inner, -1.3332982e-3)
+    inner = tl.fma(x, inner, 9.6173799e-3)
+    inner = tl.fma(x, inner, -5.5504113e-2)
+    return x * tl.fma(x, inner, 2.4022655e-1)
 
 
 @triton.jit
-def _g_scalar(x):
-    """x + expm1(-x) of a scalar of any size."""
-    return tl.where(tl.abs(x) < 0.5, _g_of(x), x + tl.exp(-x) - 1.0)
+def _with_entries(s, s_ref, t, dev, gain, z, u, bits, shift, ref_shift):
+    """The five sums with the entries z, u added, each in its own lane: logits times bits, less the shifts, are logs of w, v."""
+    log_w = tl.fma(z, bits, -shift)
+    log_v = tl.fma(u, bits, -ref_shift)
+    # Not log_w - log_v, which have been rounded at the size of the logits.
+    delta = tl.fma(z - u, bits, ref_shift - shift)
+    w = tl.exp2(log_w)
+    v = tl.exp2(log_v)
+    w_delta = w * delta
+    near = w_delta * _g_over_x(delta)
+    far = tl.fma(w_delta, 0.6931471805599453, v - w)
+    s += w
+    s_ref += v
+    t = tl.fma(w, log_w, t)
+    dev += w_delta
+    gain += tl.where(tl.abs(delta) < 1.0, near, far)
+    return s, s_ref, t, dev, gain
 
 
 @triton.jit
-def _log1p(x):
-    """log(1 + x) of a scalar, without its loss of digits near 0."""
-    # log(1 + x) = 2 artanh(x / (2 + x)); the series in r = x / (2 + x) is short for |x| < 1/4.
-    r = x / (2.0 + x)
-    r2 = r * r
-    near = 2.0 * r * (1.0 + r2 * (1.0 / 3 + r2 * (1.0 / 5 + r2 * (1.0 / 7))))
-    return tl.where(tl.abs(x) < 0.25, near, tl.log(1.0 + x))
-
-
-@triton.jit
-def _token_statistics_kernel(
+def token_statistics_kernel(
     policy_ptr,
     ref_ptr,
     labels_ptr,
     temperature_ptr,
+    redo_ptr,
     out_ptr,
     policy_stride,
     ref_stride,
@@ -104,83 +115,59 @@ def _token_statistics_kernel(
     token = tl.program_id(0).to(tl.int64)
     policy_row = policy_ptr + token * policy_stride
     ref_row = ref_ptr + token * ref_stride
-    scale = 1.0
+    bits = 1.4426950408889634  # of one unit of a logit
     if HAS_TEMPERATURE:
-        scale = tl.load(temperature_ptr + token)
-    offsets = tl.arange(0, BLOCK)
-    infinity = float("inf")
+        bits = bits / tl.load(temperature_ptr + token)
 
-    # A finite start: rows or blocks of impossible entries must not make -inf - -inf.
-    m = -1e30
-    m_ref = -1e30
-    s = 0.0
-    s_ref = 0.0
-    t = 0.0
-    r = 0.0
-    centre = 0.0
-    dev = 0.0  # D
-    gain = 0.0  # G
-    excluded = 0.0  # > 0 where the reference holds impossible what the policy does not
-    for start in range(0, vocab_size, BLOCK):
-        inside = start + offsets < vocab_size
-        z = tl.load(policy_row + start + offsets, mask=inside, other=-infinity).to(tl.float32)
-        u = tl.load(ref_row + start + offsets, mask=inside, other=-infinity).to(tl.float32)
-        in_policy = z > -infinity
-        in_both = in_policy & (u > -infinity)
-        d = tl.where(in_both, z - u, 0.0)  # before the division, which would round away what is left of it
-        if HAS_TEMPERATURE:
-            z = z / scale
-            u = u / scale
-            d = d / scale
-
-        m_new = tl.maximum(m, tl.max(z, axis=0))
-        m_ref_new = tl.maximum(m_ref, tl.max(u, axis=0))
-        shrink = tl.exp(m - m_new)
-        t = shrink * (t + (m - m_new) * s)
-        r = shrink * (r + (m_ref - m_ref_new) * s)
-        s = shrink * s
-        dev = shrink * dev
-        gain = shrink * gain
-        s_ref = s_ref * tl.exp(m_ref - m_ref_new)
-        m = m_new
-        m_ref = m_ref_new
-
-        w = tl.exp(z - m)
-        v = tl.exp(u - m_ref)
-        s_before = s
-        s += tl.sum(w, axis=0)
-        s_ref += tl.sum(v, axis=0)
-        t += tl.sum(tl.where(in_policy, w * (z - m), 0.0), axis=0)
-        r += tl.sum(tl.where(in_both, w * (u - m_ref), 0.0), axis=0)
-        excluded += tl.sum(tl.where(in_policy & (u == -infinity), w, 0.0), axis=0)
-
-        # Move the centre, and with it what the blocks before have summed, to the mean of all so far ...
-        moved = centre + tl.sum(tl.where(in_both, w * (d - centre), 0.0), axis=0) / tl.maximum(s, 1e-30)
-        h = moved - centre  # as rounded
-        g_h = _g_scalar(-h)
-        gain += (h + g_h) * (gain - dev) + g_h * s_before
-        dev -= h * s_before
-        centre = moved
-        # ... and add this block. w expm1(-delta) is exp(u + c - m) - w, which cannot overflow against a vanishing w.
-        delta = tl.where(in_both, d - centre, 0.0)
-        far = w * (delta - 1.0) + v * tl.exp(m_ref + centre - m)
-        gain += tl.sum(tl.where(in_both & (tl.abs(delta) < 0.5), w * _g_of(delta), far), axis=0)
-        dev += tl.sum(w * delta, axis=0)
-
-    log_s = tl.log(s)
-    log_s_ref = tl.log(s_ref)
-    plain = (t - r) / s - (log_s - log_s_ref)
-    fine = dev / s + _log1p((gain - dev) / s)
-    kl = tl.where(plain < 0.5, fine, plain)
-    kl = tl.where(excluded > 0.0, infinity, kl)
-
+    # Whole numbers for the policy, so that what rounding does to the other shift is in their difference, exactly.
     label = tl.load(labels_ptr + token)
     z_label = tl.load(policy_row + label).to(tl.float32)
     u_label = tl.load(ref_row + label).to(tl.float32)
-    if HAS_TEMPERATURE:
-        z_label = z_label / scale
-        u_label = u_label / scale
-    tl.store(out_ptr + token, z_label - m - log_s)
-    tl.store(out_ptr + tokens + token, u_label - m_ref - log_s_ref)
-    tl.store(out_ptr + 2 * tokens + token, kl)
-    tl.store(out_ptr + 3 * tokens + token, log_s - t / s)
+    shift = tl.floor(z_label * bits + 0.5)
+    ref_shift = shift - (z_label - u_label) * bits
+
+    s = tl.zeros([BLOCK], tl.float32)
+    s_ref = tl.zeros([BLOCK], tl.float32)
+    t = tl.zeros([BLOCK], tl.float32)
+    dev = tl.zeros([BLOCK], tl.float32)
+    gain = tl.zeros([BLOCK], tl.float32)
+    offsets = tl.arange(0, BLOCK)
+    whole = vocab_size // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        z = tl.load(policy_row + start + offsets).to(tl.float32)
+        u = tl.load(ref_row + start + offsets).to(tl.float32)
+        s, s_ref, t, dev, gain = _with_entries(s, s_ref, t, dev, gain, z, u, bits, shift, ref_shift)
+    inside = whole + offsets < vocab_size
+    z = tl.load(policy_row + whole + offsets, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(ref_row + whole + offsets, mask=inside, other=0.0).to(tl.float32)
+    z = tl.where(inside, z, -1e30)  # of no weight, and finite, because 0 times infinity is not 0
+    u = tl.where(inside, u, -1e30)
+    s, s_ref, t, dev, gain = _with_entries(s, s_ref, t, dev, gain, z, u, bits, shift, ref_shift)
+
+    # A few numbers a token: float64 costs nothing here, and the formulas above can be used as they stand.
+    ln2 = 0.6931471805599453
+    total = tl.sum(s, axis=0).to(tl.float64)
+    a = ln2 * tl.sum(dev, axis=0).to(tl.float64) / total
+    b = tl.sum(gain, axis=0).to(tl.float64) / total
+    log_s = tl.log(total)
+    log_s_ref = tl.log(tl.sum(s_ref, axis=0).to(tl.float64))
+    log_ratio = log_s_ref - log_s
+    wide = tl.abs(b - a) > 0.5
+    h = (b - a) - tl.log(1.0 + (b - a))
+    kl = tl.where(wide, a + log_ratio, b - h)
+    entropy = log_s - ln2 * (tl.sum(t, axis=0).to(tl.float64) / total)
+    # log2 w and log2 v of the sampled token, which are not quite 0, because the shifts are rounded.
+    log_w = tl.fma(z_label, bits, -shift).to(tl.float64)
+    log_v = tl.fma(u_label, bits, -ref_shift).to(tl.float64)
+
+    # Of the seven digits of b, a and log_s five are to be left in the results; b has fewer where `far` has added to it. Where
+    # the logits of the two models are far apart, z - u has been rounded too much. All are False for what is not a number.
+    good_kl = tl.where(wide, kl > 0.02 * (1.0 + tl.abs(a)), h <= tl.where(b < 0.03, 8.0, 3.0) * kl + 1e-8)
+    good_entropy = log_s <= 4.0 * (entropy + 1.0)
+    good_delta = tl.abs(shift - ref_shift) < 8.0
+    good = good_kl & good_entropy & good_delta & (tl.abs(log_ratio) < 1e30) & (kl < 1e30)
+    tl.store(redo_ptr + token, tl.where(good, 0, 1).to(tl.int8))
+    tl.store(out_ptr + token, (ln2 * log_w - log_s).to(tl.float32))
+    tl.store(out_ptr + tokens + token, (ln2 * log_v - log_s_ref).to(tl.float32))
+    tl.store(out_ptr + 2 * tokens + token, kl.to(tl.float32))
+    tl.store(out_ptr + 3 * tokens + token, entropy.to(tl.float32))

@@ -1,0 +1,107 @@
+"""What Triton's compiler makes of the token statistics' kernel for GPUs that are not here, and the speed that this allows.
+
+Compiles for each architecture and reads the machine code: registers and spills of a thread, bytes of a load, instructions of
+the loop for one vocabulary entry (a policy logit and a reference logit), and of those how many occupy the float32 units. From
+the GPU's data sheet follows how fast its schedulers and its float32 units could go through the entries at best; "allows" is
+the slower of the two over the memory bandwidth of the data sheet. Below 1, arithmetic and not memory would limit the kernel.
+This bounds the speed and does not measure it: benchmarks/kl_function.py does, on a GPU.
+
+    python benchmarks/kernel_code.py --json benchmarks/results/kernel_code.json
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import triton
+from report import arguments, show
+from triton.backends.compiler import GPUTarget
+
+import vimpo_verl.token_statistics_triton as usual
+import vimpo_verl.token_statistics_triton_careful as careful
+
+# Of NVIDIA's data sheets and architecture papers: compute capability, processors, float32 lanes of a processor, GHz, TB/s.
+GPUS = {
+    "A100 80 GB": (80, 108, 64, 1.41, 2.04),
+    "H100 SXM": (90, 132, 128, 1.98, 3.35),
+    "H200 SXM": (90, 132, 128, 1.98, 4.8),
+}
+ISSUED = 128  # threads of a processor that get an instruction in a cycle: four schedulers, a warp each
+KERNELS = {
+    "usual": (usual.token_statistics_kernel, usual.BLOCK, usual.WARPS),
+    "careful": (careful.careful_token_statistics_kernel, careful.CAREFUL_BLOCK, careful.CAREFUL_WARPS),
+}
+DTYPES = {"bfloat16": ("bf16", 2), "float32": ("fp32", 4)}
+FLOAT32 = ("FADD", "FMUL", "FFMA", "FMNMX", "FSEL", "FSETP")
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+def compiled(name: str, dtype: str, capability: int):
+    """Triton's compiler on the kernel as it is launched: pointers and strides that 16 divides, no temperature."""
+    kernel, block, warps = KERNELS[name]
+    types = dict.fromkeys(("policy_ptr", "ref_ptr"), f"*{dtype}")
+    types |= {"labels_ptr": "*i64", "temperature_ptr": "*i64", "redo_ptr": "*i8", "out_ptr": "*fp32"}
+    signature = {
+        argument: "constexpr" if argument.isupper() else types.get(argument, "i32") for argument in kernel.arg_names
+    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
+    constants = {"HAS_TEMPERATURE": False, "BLOCK": block}
+    source = triton.compiler.ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+def machine_code(cubin: bytes) -> tuple[list[str], dict[str, int]]:
+    """Instructions of the loop over the vocabulary, the longest one there is; REG, STACK, ... of a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], check=True, capture_output=True, text=True)
+        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
+    resources = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage.stdout + usage.stderr)}
+    instructions, labels, loops = [], {}, []
+    for line in listing.stdout.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        if instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", line):
+            instructions.append(instruction[1])
+    for end, instruction in enumerate(instructions):
+        target = re.search(r"BRA.*(\.L_x_\d+)", instruction)
+        if target and labels.get(target[1], end) < end:
+            loops.append(instructions[labels[target[1]] : end + 1])
+    return max(loops, key=len), resources
+
+
+def row(gpu: str, name: str, dtype: str) -> dict:
+    capability, processors, lanes, clock, bandwidth = GPUS[gpu]
+    triton_dtype, itemsize = DTYPES[dtype]
+    _, block, warps = KERNELS[name]
+    loop, resources = machine_code(compiled(name, triton_dtype, capability).asm["cubin"])
+    entries = block / (32 * warps)
+    names = Counter(instruction.split()[0].split(".")[0] for instruction in loop)
+    loads = [re.match(r"LDG\S*?\.(\d+)\b", instruction) for instruction in loop if instruction.startswith("LDG")]
+    arithmetic = sum(names[kind] for kind in FLOAT32)
+    cycles = max(len(loop) / ISSUED, arithmetic / lanes) / entries
+    return {
+        "gpu": gpu,
+        "kernel": name,
+        "dtype": dtype,
+        "registers": resources["REG"],
+        "spilled bytes": resources["STACK"] + resources["LOCAL"],
+        "loads in the loop": len(loads),
+        "bytes a load": min(int(load[1]) // 8 if load else 4 for load in loads),
+        "instructions an entry": len(loop) / entries,
+        "float32 instructions an entry": arithmetic / entries,
+        "allows, of the memory bandwidth": processors * clock * 1e9 / cycles * 2 * itemsize / (bandwidth * 1e12),
+    }
+
+
+def main() -> None:
+    options = arguments(__doc__.splitlines()[0], dtype=list(DTYPES), kernel=list(KERNELS), gpu=list(GPUS))
+    rows = [row(gpu, name, dtype) for gpu in options.gpu for name in options.kernel for dtype in options.dtype]
+    show("Machine code of the token statistics' kernels", rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
