@@ -1,7 +1,7 @@
 """What Triton's compiler makes of the token statistics' kernel for GPUs that are not here, and the speed that this allows.
 
 Compiles for each architecture and reads the machine code: registers and spills of a thread, bytes of a load, instructions of
-the loop for one vocabulary entry (a policy logit and a reference logit), and of those how many occupy the float32 units. From
+its loops for one vocabulary entry (a policy logit and a reference logit), and of those how many occupy the float32 units. From
 the GPU's data sheet follows how fast its schedulers and its float32 units could go through the entries at best; "allows" is
 the slower of the two over the memory bandwidth of the data sheet. Below 1, arithmetic and not memory would limit the kernel.
 This bounds the speed and does not measure it: benchmarks/kl_function.py does, on a GPU.
@@ -53,14 +53,14 @@ def compiled(name: str, dtype: str, capability: int):
 
 
 def machine_code(cubin: bytes) -> tuple[list[str], dict[str, int]]:
-    """Instructions of the loop over the vocabulary, the longest one there is; REG, STACK, ... of a thread."""
+    """Instructions of the loops over the vocabulary (the careful kernel has two); REG, STACK, ... of a thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         listing = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], check=True, capture_output=True, text=True)
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
     resources = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage.stdout + usage.stderr)}
-    instructions, labels, loops = [], {}, []
+    instructions, labels, in_loops = [], {}, []
     for line in listing.stdout.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(instructions)
@@ -69,29 +69,29 @@ def machine_code(cubin: bytes) -> tuple[list[str], dict[str, int]]:
     for end, instruction in enumerate(instructions):
         target = re.search(r"BRA.*(\.L_x_\d+)", instruction)
         if target and labels.get(target[1], end) < end:
-            loops.append(instructions[labels[target[1]] : end + 1])
-    return max(loops, key=len), resources
+            in_loops += instructions[labels[target[1]] : end + 1]
+    return in_loops, resources
 
 
 def row(gpu: str, name: str, dtype: str) -> dict:
     capability, processors, lanes, clock, bandwidth = GPUS[gpu]
     triton_dtype, itemsize = DTYPES[dtype]
     _, block, warps = KERNELS[name]
-    loop, resources = machine_code(compiled(name, triton_dtype, capability).asm["cubin"])
+    code, resources = machine_code(compiled(name, triton_dtype, capability).asm["cubin"])
     entries = block / (32 * warps)
-    names = Counter(instruction.split()[0].split(".")[0] for instruction in loop)
-    loads = [re.match(r"LDG\S*?\.(\d+)\b", instruction) for instruction in loop if instruction.startswith("LDG")]
+    names = Counter(instruction.split()[0].split(".")[0] for instruction in code)
+    loads = [re.match(r"LDG\S*?\.(\d+)\b", instruction) for instruction in code if instruction.startswith("LDG")]
     arithmetic = sum(names[kind] for kind in FLOAT32)
-    cycles = max(len(loop) / ISSUED, arithmetic / lanes) / entries
+    cycles = max(len(code) / ISSUED, arithmetic / lanes) / entries
     return {
         "gpu": gpu,
         "kernel": name,
         "dtype": dtype,
         "registers": resources["REG"],
         "spilled bytes": resources["STACK"] + resources["LOCAL"],
-        "loads in the loop": len(loads),
+        "loads in its loops": len(loads),
         "bytes a load": min(int(load[1]) // 8 if load else 4 for load in loads),
-        "instructions an entry": len(loop) / entries,
+        "instructions an entry": len(code) / entries,
         "float32 instructions an entry": arithmetic / entries,
         "allows, of the memory bandwidth": processors * clock * 1e9 / cycles * 2 * itemsize / (bandwidth * 1e12),
     }

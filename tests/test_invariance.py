@@ -197,6 +197,15 @@ def test_on_two_ranks(models, on_two_ranks, name):
     check_job(models, TWO_RANK_JOBS[name], on_two_ranks[name])
 
 
+def test_fused_kernels_with_fsdp2_on_two_sequence_parallel_ranks(tied_models):
+    """Tied output matrix, because verl's own fused kernels fail otherwise with FSDP2 (test_fused_head.py)."""
+    fused = replace(BASE, sp_size=2, use_fused_kernels=True)
+    current = replace(fused, knobs={**BASE.knobs, "kappa_policy": "current"})
+    jobs = [(fused, make_samples()), (current, make_samples())]
+    for job, result in zip(jobs, run_on_ranks(2, steps_on_rank, tied_models, jobs)[0], strict=True):
+        check_job(tied_models, job, result)
+
+
 @pytest.mark.slow
 def test_on_four_ranks(models):
     jobs = rank_jobs(4)

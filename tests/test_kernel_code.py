@@ -1,8 +1,9 @@
 """Claim: what Triton compiles the token statistics' kernel to can keep up with a GPU's memory.
 
 Compiled for GPUs that are not here, in a process of its own: test_triton_kernel.py interprets. Both tensors are read 16 bytes at
-a time, nothing is spilled, and the instructions for an entry leave room for the budget of 0.70 of the copy bandwidth, which is
-below the data sheet's that is compared with here. Not claimed: that a GPU reaches it (benchmarks/kl_function.py measures).
+a time, the kernel that all rows go through spills nothing, and its instructions for an entry leave room for the budget of 0.70
+of the copy bandwidth, which is below the data sheet's that is compared with here. Not claimed: that a GPU reaches it
+(benchmarks/kl_function.py measures).
 """
 
 import json
@@ -33,11 +34,12 @@ def test_the_loop_reads_each_tensor_once_sixteen_bytes_at_a_time(rows, dtype, lo
     """Eight entries a thread: one load of a bfloat16 tensor, two of a float32 tensor."""
     mine = [row for row in rows if row["kernel"] == "usual" and row["dtype"] == dtype]
     assert len(mine) == 3
-    assert {(row["loads in the loop"], row["bytes a load"]) for row in mine} == {(loads, 16)}
+    assert {(row["loads in its loops"], row["bytes a load"]) for row in mine} == {(loads, 16)}
 
 
 def test_nothing_is_spilled(rows):
-    assert len(rows) == 12 and not any(row["spilled bytes"] for row in rows)
+    spilled = [row["spilled bytes"] for row in rows if row["kernel"] == "usual"]
+    assert len(spilled) == 6 and not any(spilled)
 
 
 def test_arithmetic_leaves_room_for_the_budget(rows):

@@ -12,6 +12,8 @@ import time
 import numpy
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -91,6 +93,49 @@ def assert_agrees(z, u, temperature=None, labels=None, kl_tolerance=TOLERANCE["t
 def test_random_logits(draw, dtype, vocabulary, distance):
     z = 3 * draw(3, vocabulary)
     assert_agrees(z.to(dtype), (z + distance * draw(3, vocabulary)).to(dtype))
+
+
+def near(kind, z, distance, generator):
+    """A reference near the logits z, in one of the ways that a row can be hard."""
+    noise = torch.randn(z.shape, generator=generator)
+    few = torch.rand(z.shape, generator=generator) < 0.05
+    return {
+        "noise": z + distance * noise,
+        "two values": z + distance * noise.sign(),
+        "few changed": z + distance * noise * few,
+        "few elsewhere": torch.where(few, z.std() * noise, z + distance * noise),
+        "heavy tails": z + distance * noise / torch.randn(z.shape, generator=generator).abs().clamp(min=1e-3),
+        "all moved": z + distance * noise + torch.tensor([-500.0, -20.0, 20.0, 500.0]).repeat(len(z) // 4).unsqueeze(-1),
+    }[kind]
+
+
+LABELS = {
+    "sampled": sampled,
+    "first": lambda z: torch.zeros(len(z), dtype=torch.long),
+    "most likely": lambda z: z.float().argmax(-1),
+    "least likely": lambda z: z.float().argmin(-1),
+}
+
+
+@settings(max_examples=settings.default.max_examples // 4)  # the interpreter is slow
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    vocabulary=st.sampled_from([2, 3, 17, 1000, 1024, 2500]),
+    scale=st.floats(-1.5, 1.5).map(lambda power: 10**power),
+    distance=st.floats(-4, 2).map(lambda power: 10**power),
+    kind=st.sampled_from(["noise", "two values", "few changed", "few elsewhere", "heavy tails", "all moved"]),
+    labels=st.sampled_from(list(LABELS)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    with_temperature=st.booleans(),
+)
+def test_any_logits(seed, vocabulary, scale, distance, kind, labels, dtype, with_temperature):
+    """Either kernel, whichever a row goes through."""
+    generator = torch.Generator().manual_seed(seed)
+    z = scale * torch.randn(16, vocabulary, generator=generator)
+    z, u = (logits.clamp(-6e4, 6e4).to(dtype) for logits in (z, near(kind, z, distance, generator)))
+    temperature = 0.3 + 2 * torch.rand(16, generator=generator) if with_temperature else None
+    torch.manual_seed(seed)  # of the samples
+    assert_agrees(z, u, temperature, LABELS[labels](z))
 
 
 def test_temperature_of_each_token(draw):
@@ -180,7 +225,9 @@ def test_a_shift_of_all_logits_changes_nothing(draw):
     z = 3 * draw(4, 5003)
     assert_agrees(z, z + 0.1 * draw(4, 5003) + 100, kl_tolerance=1e-3)  # adding 100 rounds the inputs' difference away
     exact = (8 * z).round() / 8
-    assert_agrees(exact, exact + 0.125 * (draw(4, 5003) > 0) + 64)
+    for shift in (64, -64, 500, -500):
+        assert_agrees(exact, exact + 0.125 * (draw(4, 5003) > 0) + shift)
+        assert_agrees(exact, exact + 0.125 * (draw(4, 5003) > 0) + shift, torch.full((4,), 0.8))
 
 
 def test_peaked_policy(draw):
