@@ -7,8 +7,8 @@ in the same round: the median over the rounds, and the smallest and largest. --t
 several values, for growth: each is varied with the first of the others. Several ranks are processes of one gloo group,
 which share the tokens and this machine. --clock cpu counts processor seconds, for a machine that others use, too.
 
-    OMP_NUM_THREADS=1 python benchmarks/engine_step.py --clock cpu --json benchmarks/results/engine_step_cpu.json
-    OMP_NUM_THREADS=1 python benchmarks/engine_step.py --clock cpu --tokens 512 1024 2048 \\
+    python benchmarks/engine_step.py --repeats 9 --json benchmarks/results/engine_step_cpu.json
+    OMP_NUM_THREADS=1 python benchmarks/engine_step.py --tokens 1024 512 2048 \\
         --vocabulary 32000 64000 128000 --ranks 1 2 --json benchmarks/results/growth_cpu.json
     python benchmarks/engine_step.py --shape qwen3-1.7b --vocabulary 151936 --tokens 16384 --length 4096 \\
         --dtype bf16 --json benchmarks/results/engine_step_gpu.json      (on a GPU)

@@ -13,6 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import triton
@@ -38,18 +39,18 @@ FLOAT32 = ("FADD", "FMUL", "FFMA", "FMNMX", "FSEL", "FSETP")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def compiled(name: str, dtype: str, capability: int):
-    """Triton's compiler on the kernel as it is launched: pointers and strides that 16 divides, no temperature."""
+def compiled(name: str, dtype: str, capability: int, temperature: bool):
+    """Triton's compiler on the kernel as it is launched, pointers and strides divisible by 16."""
     kernel, block, warps = KERNELS[name]
     types = dict.fromkeys(("policy_ptr", "ref_ptr"), f"*{dtype}")
-    types |= {"labels_ptr": "*i64", "temperature_ptr": "*i64", "redo_ptr": "*i8", "out_ptr": "*fp32"}
+    types |= {"labels_ptr": "*i64", "temperature_ptr": "*fp32" if temperature else "*i64", "redo_ptr": "*i8", "out_ptr": "*fp32"}
     signature = {
         argument: "constexpr" if argument.isupper() else types.get(argument, "i32") for argument in kernel.arg_names
     }
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
-    constants = {"HAS_TEMPERATURE": False, "BLOCK": block}
+    constants = {"HAS_TEMPERATURE": temperature, "BLOCK": block}
     source = triton.compiler.ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **usual.COMPILER_OPTIONS})
 
 
 def machine_code(cubin: bytes) -> tuple[list[str], dict[str, int]]:
@@ -73,33 +74,38 @@ def machine_code(cubin: bytes) -> tuple[list[str], dict[str, int]]:
     return in_loops, resources
 
 
-def row(gpu: str, name: str, dtype: str) -> dict:
+def row(gpu: str, name: str, dtype: str, temperature: bool) -> dict:
     capability, processors, lanes, clock, bandwidth = GPUS[gpu]
     triton_dtype, itemsize = DTYPES[dtype]
     _, block, warps = KERNELS[name]
-    code, resources = machine_code(compiled(name, triton_dtype, capability).asm["cubin"])
+    code, resources = machine_code(compiled(name, triton_dtype, capability, temperature).asm["cubin"])
     entries = block / (32 * warps)
     names = Counter(instruction.split()[0].split(".")[0] for instruction in code)
     loads = [re.match(r"LDG\S*?\.(\d+)\b", instruction) for instruction in code if instruction.startswith("LDG")]
     arithmetic = sum(names[kind] for kind in FLOAT32)
     cycles = max(len(code) / ISSUED, arithmetic / lanes) / entries
+    readings = 2 if name == "careful" else 1
     return {
         "gpu": gpu,
         "kernel": name,
         "dtype": dtype,
+        "temperature": temperature,
         "registers": resources["REG"],
         "spilled bytes": resources["STACK"] + resources["LOCAL"],
         "loads in its loops": len(loads),
         "bytes a load": min(int(load[1]) // 8 if load else 4 for load in loads),
         "instructions an entry": len(code) / entries,
         "float32 instructions an entry": arithmetic / entries,
-        "allows, of the memory bandwidth": processors * clock * 1e9 / cycles * 2 * itemsize / (bandwidth * 1e12),
+        "allows, of the memory bandwidth": processors * clock * 1e9 / cycles * readings * 2 * itemsize / (bandwidth * 1e12),
     }
 
 
 def main() -> None:
-    options = arguments(__doc__.splitlines()[0], dtype=list(DTYPES), kernel=list(KERNELS), gpu=list(GPUS))
-    rows = [row(gpu, name, dtype) for gpu in options.gpu for name in options.kernel for dtype in options.dtype]
+    options = arguments(
+        __doc__.splitlines()[0], dtype=list(DTYPES), kernel=list(KERNELS), gpu=list(GPUS), temperature=[0]
+    )  # fmt: skip
+    grid = product(options.gpu, options.kernel, options.dtype, map(bool, options.temperature))
+    rows = [row(*point) for point in grid]
     show("Machine code of the token statistics' kernels", rows, options.json)
 
 

@@ -6,7 +6,7 @@ copying reaches (read and write counted). Extra memory is the largest sum of liv
 allocator on a GPU, counted by a dispatch mode on a CPU. What does not fit into --memory-gb is left out and said: the
 plain formula, or the inputs themselves. --profile 1 also prints which operators our time goes to.
 
-    python benchmarks/kl_function.py --memory-gb 9 --json benchmarks/results/kl_function_cpu.json
+    python benchmarks/kl_function.py --memory-gb 8 --tokens 1024 --json benchmarks/results/kl_function_cpu.json
     python benchmarks/kl_function.py --json benchmarks/results/kl_function_gpu.json      (on a GPU)
 """
 

@@ -222,6 +222,12 @@ def test_from_hidden_states(temperature):
     assert_agrees(statistics, plain(policy, ref, labels), 1e-4)
 
 
+def test_from_no_hidden_states():
+    hidden, weight = torch.zeros(0, 16), torch.zeros(60, 16)
+    statistics = linear_token_statistics(hidden, weight, hidden, weight, torch.zeros(0, dtype=torch.long))
+    assert all(result.shape == (0,) for result in statistics)
+
+
 @pytest.mark.parametrize("wrong", ["policy_logits", "ref_logits", "labels", "temperature"])
 def test_shapes_that_do_not_fit_are_refused(wrong):
     policy, ref, labels = inputs(4, 6)

@@ -79,12 +79,13 @@ def linear_token_statistics(
         TokenStatistics; extra memory is two [512, V] tensors in the models' dtype.
     """
     chunks = []
-    for start in range(0, labels.shape[0], _LINEAR_CHUNK_TOKENS):
+    for start in range(0, max(1, labels.shape[0]), _LINEAR_CHUNK_TOKENS):
         rows = slice(start, start + _LINEAR_CHUNK_TOKENS)
         policy_logits = policy_hidden[rows] @ policy_weight.t()
         ref_logits = ref_hidden[rows] @ ref_weight.t()
         scale = labels.new_full(labels[rows].shape, temperature, dtype=torch.float32) if temperature != 1.0 else None
         chunks.append(token_statistics(policy_logits, ref_logits, labels[rows], scale))
+        del policy_logits, ref_logits  # before the next two are made
     return TokenStatistics(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 

@@ -14,8 +14,8 @@ Since v = w 2^-delta, s' = s - ln2 D + G, and with a = ln2 D/s, b = G/s
 
 Nothing is lost of a small KL, because G is of second order in delta, as long as h does not nearly cancel b: as long as delta is
 measured from somewhere near its mean under the policy. The sampled token is such a place, since (E_p[delta])^2 is Var_p[delta] on
-average over samples. It is a good reference for the exponents, too: nothing can overflow unless the policy sampled what it
-holds next to impossible. So the loop over the vocabulary needs no running maximum and no rescaling. A row for which either
+average over samples. It is a good reference for the exponents, too: nothing can overflow unless policy or reference hold it next
+to impossible. So the loop over the vocabulary needs no running maximum and no rescaling. A row for which either
 fails, or with an infinite entry, is marked and done again by `careful_token_statistics_kernel`.
 """
 
@@ -29,6 +29,8 @@ from vimpo_verl.token_statistics_triton_careful import CAREFUL_BLOCK, CAREFUL_WA
 # Vocabulary entries read at a time and warps that share them: eight entries a thread, 16 bytes of bfloat16.
 BLOCK = 1024
 WARPS = 4
+# Products are fused with sums where the code says so: elsewhere it would make a difference of equals something else than 0.
+COMPILER_OPTIONS = {"enable_fp_fusion": False}
 
 
 def triton_token_statistics(
@@ -52,14 +54,21 @@ def triton_token_statistics(
         scale = labels if temperature is None else temperature.float().contiguous()  # labels: a pointer never read
         inputs = policy_logits, ref_logits, labels.contiguous(), scale, redo, out
         sizes = policy_logits.stride(0), ref_logits.stride(0), tokens, vocab_size
-        for kernel, largest, warps in (
+        kernels = (
             (token_statistics_kernel, BLOCK, WARPS),
             (careful_token_statistics_kernel, CAREFUL_BLOCK, CAREFUL_WARPS),
-        ):
-            block = min(largest, triton.next_power_of_2(vocab_size))
-            kernel[(tokens,)](
-                *inputs, *sizes, HAS_TEMPERATURE=temperature is not None, BLOCK=block, num_warps=warps
-            )
+        )
+        with torch.cuda.device_of(policy_logits):  # Triton launches on the current device
+            for kernel, largest, warps in kernels:
+                block = min(largest, triton.next_power_of_2(vocab_size))
+                kernel[(tokens,)](
+                    *inputs,
+                    *sizes,
+                    HAS_TEMPERATURE=temperature is not None,
+                    BLOCK=block,
+                    num_warps=warps,
+                    **COMPILER_OPTIONS,
+                )
     return out[0], out[1], out[2], out[3]
 
 
@@ -145,7 +154,7 @@ def token_statistics_kernel(
     s, s_ref, t, dev, gain = _with_entries(s, s_ref, t, dev, gain, z, u, bits, shift, ref_shift)
 
     # A few numbers a token: float64 costs nothing here, and the formulas above can be used as they stand.
-    ln2 = 0.6931471805599453
+    ln2 = tl.full([], 0.6931471805599453, tl.float64)
     total = tl.sum(s, axis=0).to(tl.float64)
     a = ln2 * tl.sum(dev, axis=0).to(tl.float64) / total
     b = tl.sum(gain, axis=0).to(tl.float64) / total
@@ -160,11 +169,19 @@ def token_statistics_kernel(
     log_w = tl.fma(z_label, bits, -shift).to(tl.float64)
     log_v = tl.fma(u_label, bits, -ref_shift).to(tl.float64)
 
-    # Of the seven digits of b, a and log_s five are to be left in the results; b has fewer where `far` has added to it. Where
-    # the logits of the two models are far apart, z - u has been rounded too much. All are False for what is not a number.
-    good_kl = tl.where(wide, kl > 0.02 * (1.0 + tl.abs(a)), h <= tl.where(b < 0.03, 8.0, 3.0) * kl + 1e-8)
+    # Of the seven digits of b, a and the logs five are to be left in the results, and four of half precision's, which have
+    # fewer to begin with. b has fewer where `far` has added to it, and where the label is so unlikely that the log_w of what
+    # is likely are large. z - u keeps them all where z and u are of like size. All are False for what is not a number.
+    least_wide_kl = 0.02
+    if policy_ptr.dtype.element_ty == tl.float32:
+        least_wide_kl = 0.1
+    likely = log_s < entropy + 4.0
+    bound = tl.where(b < 0.03, tl.where(likely, 8.0, 3.0), tl.where(likely, 3.0, 0.0))
+    good_kl = tl.where(wide, kl > least_wide_kl * (1.0 + tl.abs(a)), h <= bound * kl + 1e-8)
     good_entropy = log_s <= 4.0 * (entropy + 1.0)
-    good_delta = tl.abs(shift - ref_shift) < 8.0
+    apart = tl.abs(shift - ref_shift)
+    of_like_size = apart <= 0.5 * (tl.abs(shift) - log_s / ln2)  # entries of weight are at most log2 s above the label
+    good_delta = (apart < 8.0) & (of_like_size | (apart * apart <= 4096.0 * kl))
     good = good_kl & good_entropy & good_delta & (tl.abs(log_ratio) < 1e30) & (kl < 1e30)
     tl.store(redo_ptr + token, tl.where(good, 0, 1).to(tl.int8))
     tl.store(out_ptr + token, (ln2 * log_w - log_s).to(tl.float32))
