@@ -21,20 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from tensor_memory import TensorMemory  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
 QWEN_VOCABULARY = 151_936
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch):
-    """Whatever is not written is NaN."""
-    original = torch.Tensor.new_empty
-
-    def new_empty(self, *size, **kwargs):
-        made = original(self, *size, **kwargs)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
 
 def inputs(tokens, vocabulary, dtype=torch.float32, seed=None, shift=0.5):
