@@ -43,14 +43,16 @@ def compiled(name: str, dtype: str, capability: int, temperature: bool):
     """Triton's compiler on the kernel as it is launched, pointers and strides divisible by 16."""
     kernel, block, warps = KERNELS[name]
     types = dict.fromkeys(("policy_ptr", "ref_ptr"), f"*{dtype}")
-    types |= {"labels_ptr": "*i64", "temperature_ptr": "*fp32" if temperature else "*i64", "redo_ptr": "*i8", "out_ptr": "*fp32"}
+    types |= {"labels_ptr": "*i64", "redo_ptr": "*i8", "out_ptr": "*fp32"}
+    types["temperature_ptr"] = "*fp32" if temperature else "*i64"  # without one, the labels stand in its place
     signature = {
         argument: "constexpr" if argument.isupper() else types.get(argument, "i32") for argument in kernel.arg_names
     }
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
     constants = {"HAS_TEMPERATURE": temperature, "BLOCK": block}
     source = triton.compiler.ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **usual.COMPILER_OPTIONS})
+    options = {"num_warps": warps, **usual.COMPILER_OPTIONS}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def machine_code(cubin: bytes) -> tuple[list[str], dict[str, int]]:
@@ -84,7 +86,7 @@ def row(gpu: str, name: str, dtype: str, temperature: bool) -> dict:
     loads = [re.match(r"LDG\S*?\.(\d+)\b", instruction) for instruction in code if instruction.startswith("LDG")]
     arithmetic = sum(names[kind] for kind in FLOAT32)
     cycles = max(len(code) / ISSUED, arithmetic / lanes) / entries
-    readings = 2 if name == "careful" else 1
+    read = (2 if name == "careful" else 1) * 2 * itemsize  # bytes an entry
     return {
         "gpu": gpu,
         "kernel": name,
@@ -96,7 +98,7 @@ def row(gpu: str, name: str, dtype: str, temperature: bool) -> dict:
         "bytes a load": min(int(load[1]) // 8 if load else 4 for load in loads),
         "instructions an entry": len(code) / entries,
         "float32 instructions an entry": arithmetic / entries,
-        "allows, of the memory bandwidth": processors * clock * 1e9 / cycles * readings * 2 * itemsize / (bandwidth * 1e12),
+        "allows, of the memory bandwidth": processors * clock * 1e9 / cycles * read / (bandwidth * 1e12),
     }
 
 
