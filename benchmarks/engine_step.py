@@ -25,11 +25,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-import conftest  # noqa: E402, F401  sets the environment that verl reads at import
-import engine_harness as harness  # noqa: E402
-import torch  # noqa: E402
-from report import arguments, interleaved, save, show, spread  # noqa: E402
-from tensor_memory import TensorMemory, extra_bytes  # noqa: E402
+import conftest  # noqa: F401  sets the environment that verl reads at import
+import engine_harness as harness
+import torch
+from report import arguments, interleaved, save, show, spread
+from tensor_memory import TensorMemory, extra_bytes
 
 # hidden, intermediate, layers, heads, key-value heads, head dimension
 SHAPES = {

@@ -1,6 +1,6 @@
 """`import verl` with and without the plugin, in fresh processes, alternating: medians, and the rounds' differences.
 
-    python benchmarks/import_time.py --repeats 10 --json benchmarks/results/import_time.json
+python benchmarks/import_time.py --repeats 10 --json benchmarks/results/import_time.json
 """
 
 import os

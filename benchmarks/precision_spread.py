@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-import conftest  # noqa: E402, F401  sets the environment that verl reads at import
-import engine_harness as harness  # noqa: E402
-from engine_samples import make_samples  # noqa: E402
+import conftest  # noqa: F401  sets the environment that verl reads at import
+import engine_harness as harness
+from engine_samples import make_samples
 
 BASE = harness.Setting(lr=0.0, knobs={"actor_coeff": 0.1})
 HOW = {

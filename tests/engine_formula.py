@@ -114,9 +114,7 @@ def step(models: Path, samples, *, temperature=1.0, beta=0.1, lam=1.0, lr=0.0, m
             policy.zero_grad()
             (value_loss + coeff * actor_loss + extra).backward()
             gradients = {name: p.grad.clone() for name, p in policy.named_parameters()}
-            updates.append(
-                {"value_loss": value_loss.item(), "actor_loss": actor_loss.item(), "gradients": gradients}
-            )
+            updates.append({"value_loss": value_loss.item(), "actor_loss": actor_loss.item(), "gradients": gradients})
             with torch.no_grad():
                 for p in policy.parameters():
                     p -= lr * p.grad

@@ -139,6 +139,7 @@ def make_workers(models: Path, setting: Setting) -> Workers:
     from verl.workers.config import FSDPActorConfig
     from verl.workers.engine_workers import TrainingWorker
     from verl.workers.utils.losses import ppo_loss
+
     from verl_patches.lora_reference import AdaptersOff
     from verl_patches.policy_loss_config import VimpoPolicyLossConfig
     from verl_patches.worker import VimpoTrainingWorker
@@ -188,6 +189,7 @@ class StepResult:
 def run_step(models: Path, setting: Setting, samples: list[Sample], workers: Workers | None = None) -> StepResult:
     """One step on all ranks of the process group; `samples` is the whole batch and every rank takes its part."""
     from verl.utils.metric import reduce_metrics
+
     from vimpo_verl.batch import compute_batch
 
     workers = workers or make_workers(models, setting)

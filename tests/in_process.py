@@ -134,9 +134,9 @@ def make_config(path, *overrides):
 def make_trainer(config, monkeypatch):
     """VIMPO's trainer of the configured mode with the hybrid worker in this process, and the queue that both use."""
     import transfer_queue
-
     import verl.workers.engine_workers as engine_workers
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+
     from verl_patches.switch import knobs_of
     from verl_patches.worker import VimpoActorRolloutRefWorker
 

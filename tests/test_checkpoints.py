@@ -168,7 +168,9 @@ def test_nothing_there_and_nothing_asked_for(tmp_path, root, capsys):
 def test_a_full_disk_names_the_checkpoint_and_leaves_the_one_before(root, capsys):
     trainer = Trainer(root)
     trainer.global_steps, trainer.disk_full_at = 4, "data.pt"
-    with pytest.raises(RuntimeError, match=r"step 4: the checkpoint .*global_step_4 could not be written \(.*No space left"):
+    with pytest.raises(
+        RuntimeError, match=r"step 4: the checkpoint .*global_step_4 could not be written \(.*No space left"
+    ):
         trainer._save_checkpoint()
     assert latest_complete(root)[0] == root / "global_step_3"
 
@@ -198,7 +200,9 @@ def test_weights_that_are_not_finite_are_never_written(worker, tmp_path, value):
     name, weight = next((n, p) for n, p in worker.actor.engine.module.named_parameters() if "norm" in n)
     with torch.no_grad():
         weight.fill_(value)
-    with pytest.raises(FloatingPointError, match=f"step 7: the weights .* not finite .1 tensors on rank 0, such as {name}"):
+    with pytest.raises(
+        FloatingPointError, match=f"step 7: the weights .* not finite .1 tensors on rank 0, such as {name}"
+    ):
         worker.save_checkpoint(str(tmp_path / "actor"), None, 7)
     assert not (tmp_path / "actor").exists()
 

@@ -24,7 +24,9 @@ def test_configuration_table_has_every_knob_with_its_default():
 
 
 def test_papers_recipe_is_written_as_the_code_has_it():
-    options = re.findall(r"\+algorithm\.vimpo\.(\w+)=(\S+)", CONFIGURATION.split("## The paper's recipe")[1].split("##")[0])
+    options = re.findall(
+        r"\+algorithm\.vimpo\.(\w+)=(\S+)", CONFIGURATION.split("## The paper's recipe")[1].split("##")[0]
+    )
     given = {"true": True, "false": False}
     config, problems = parse_config({name: given.get(value, value) for name, value in options})
     assert not problems
@@ -51,5 +53,7 @@ def test_links_between_documents_lead_somewhere():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
-        for path in re.findall(r"`((?:docs|examples|tests|benchmarks|vimpo_verl|verl_patches)/[\w/.]+)`", page.read_text()):
+        for path in re.findall(
+            r"`((?:docs|examples|tests|benchmarks|vimpo_verl|verl_patches)/[\w/.]+)`", page.read_text()
+        ):
             assert (ROOT / path).exists(), f"{page.name} names {path}"

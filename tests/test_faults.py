@@ -105,7 +105,9 @@ def test_a_worker_that_dies_in_the_update(tmp_path):
 def test_a_reward_that_hangs(tmp_path):
     run = Fault(tmp_path, *REWARD, FAULTY_REWARD="hangs", FAULTY_CALL=SECOND_STEP)
     run.stopped(within=BOUND + SHUTDOWN)
-    run.says(r"step 2: generation and rewards has been running for \d+ s, waiting for the answers and rewards of \d+ prompts")
+    run.says(
+        r"step 2: generation and rewards has been running for \d+ s, waiting for the answers and rewards of \d+ prompts"
+    )
     run.resumable_at(1)
 
 

@@ -193,9 +193,7 @@ def test_value_loss(loss_type, delta):
     log_prob, ref_log_prob, token_kl = token_inputs()
     target = random(B, seed=4)
     td = loop_td(log_prob, ref_log_prob, token_kl, 0.3)
-    losses = F.value_loss(
-        log_prob, ref_log_prob, token_kl, target, MASK, 0.3, loss_type=loss_type, huber_delta=delta
-    )
+    losses = F.value_loss(log_prob, ref_log_prob, token_kl, target, MASK, 0.3, loss_type=loss_type, huber_delta=delta)
     for i in range(B):
         residual = td[i].sum().item() - target[i].item()
         expected = 0.5 * residual**2

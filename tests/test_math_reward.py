@@ -226,7 +226,12 @@ def peak_mib(checker) -> float:
 def test_no_answer_is_run_as_code(tmp_path):
     trace = tmp_path / "trace"
     code = f"__import__('pathlib').Path('{trace}').touch()"
-    for response in (rf"\boxed{{{code}}}", rf"\boxed{{x={code}}}", f"the answer is {code}", rf"\boxed{{\text{{{code}}}}}"):
+    for response in (
+        rf"\boxed{{{code}}}",
+        rf"\boxed{{x={code}}}",
+        f"the answer is {code}",
+        rf"\boxed{{\text{{{code}}}}}",
+    ):
         assert score("5", response) == 0.0
     assert not trace.exists()
 
@@ -358,7 +363,6 @@ def test_extraction_never_fails(text, gold):
 @pytest.mark.parametrize("path", ["pkg://vimpo_verl.rewards.math", "file"])
 def test_verl_loads_and_calls_it(path):
     from omegaconf import OmegaConf
-
     from verl.trainer.ppo.reward import get_custom_reward_fn
 
     if path == "file":

@@ -151,7 +151,7 @@ def test_paths_are_absolute(python_stub):
     assert list(config.data.val_files) == [f"{here}/somewhere/a.parquet", f"{here}/somewhere/b.parquet"]
     assert config.trainer.default_local_dir == f"{here}/results/checkpoints"
     env_vars = config.ray_kwargs.ray_init.runtime_env.env_vars
-    assert env_vars.VERL_FILE_LOGGER_PATH == f"{here}/results/metrics.jsonl"
+    assert f"{here}/results/metrics.jsonl" == env_vars.VERL_FILE_LOGGER_PATH
     assert config.reward.custom_reward_function.path == "pkg://vimpo_verl.rewards.math"
 
 

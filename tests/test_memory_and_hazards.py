@@ -15,7 +15,7 @@ from engine_samples import VOCABULARY, make_samples
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from tensor_memory import TensorMemory  # noqa: E402
+from tensor_memory import TensorMemory
 
 SETTING = Setting(micro_batch_size=8)
 

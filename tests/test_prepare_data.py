@@ -67,7 +67,10 @@ QUESTIONS_AND_ANSWERS = {
     ],
     "gsm8k_test": [("Bob walks 2 km and 5 km. How far?", "7")],
     "math500": [("Compute $\\frac12+\\frac13$.", "\\frac{5}{6}"), ("Name the day after Monday.", "\\text{Tuesday}")],
-    "aime2024": [("Find the least positive integer with 24 divisors.", "360"), ("Find the remainder of 1001 by 1000.", "001")],
+    "aime2024": [
+        ("Find the least positive integer with 24 divisors.", "360"),
+        ("Find the remainder of 1001 by 1000.", "001"),
+    ],
     "aime2025": [("Find $7 \\cdot 11$.", "77"), ("Find $8 \\cdot 11$.", "88")],
     "olympiadbench": [
         ("Determine $2+2$.", "4"),
@@ -106,7 +109,6 @@ def test_verl_reads_all_sets_together(written):
 
 def test_verls_data_set_reads_all_sets_together(written):
     from omegaconf import OmegaConf
-
     from verl.utils.dataset.rl_dataset import RLHFDataset
 
     files = [str(written / f"{name}.parquet") for name in SOURCES]
@@ -194,7 +196,11 @@ def with_answer(answer):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("math500", without("answer"), r"math500: no column answer in HuggingFaceH4/MATH-500 .* it has problem, solution"),
+        (
+            "math500",
+            without("answer"),
+            r"math500: no column answer in HuggingFaceH4/MATH-500 .* it has problem, solution",
+        ),
         ("guru_math", without("reward_model"), r"guru_math: no column reward_model"),
         ("math500", with_answer("  "), r"math500: 1 rows have no question or no answer: rows 1 .*--drop-bad-rows"),
         ("math500", with_answer(None), r"math500: 1 rows have no question or no answer"),

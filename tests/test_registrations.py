@@ -37,8 +37,9 @@ def test_verl_has_both_names():
 
 
 def test_every_seam_is_in_force():
-    import verl.trainer.ppo.v1  # noqa: F401
+    import verl.trainer.ppo.v1
     import verl.utils.config  # noqa: F401
+
     from verl_patches import seams
 
     assert [seam.name for seam in seams.SEAMS if not seams.is_in_force(seam)] == []
@@ -56,12 +57,18 @@ def test_the_estimator_refuses_the_joint_pass_of_another_batch():
 
 
 def test_the_estimator_refuses_rewards_of_several_channels():
-    with joint_pass_output(make_output()), pytest.raises(ValueError, match=r"token_level_rewards.*\[2, 2, 3\].*one reward"):
+    with (
+        joint_pass_output(make_output()),
+        pytest.raises(ValueError, match=r"token_level_rewards.*\[2, 2, 3\].*one reward"),
+    ):
         vimpo_advantage(torch.zeros(2, 2, 3), MASK, UID)
 
 
 def test_the_estimator_refuses_a_mask_that_is_not_0_and_1():
-    with joint_pass_output(make_output()), pytest.raises(ValueError, match="response_mask must hold 0 and 1 only, got 0.5"):
+    with (
+        joint_pass_output(make_output()),
+        pytest.raises(ValueError, match="response_mask must hold 0 and 1 only, got 0.5"),
+    ):
         vimpo_advantage(REWARDS, 0.5 * MASK, UID)
 
 
@@ -116,6 +123,7 @@ def test_the_policy_loss_is_verls_ppo_clip_times_the_coefficient(weights):
 
 def test_the_policy_loss_config_notices_a_missing_plugin(monkeypatch):
     from verl.trainer.ppo import core_algos
+
     from verl_patches.policy_loss_config import VimpoPolicyLossConfig
 
     assert VimpoPolicyLossConfig(loss_mode="vimpo").vimpo == VimpoConfig()
@@ -127,8 +135,8 @@ def test_the_policy_loss_config_notices_a_missing_plugin(monkeypatch):
 def test_other_estimators_get_verls_own_trainer(monkeypatch):
     """Not a subclass, so that not one line of ours runs in it."""
     from omegaconf import OmegaConf
-
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+
     from verl_patches.trainer import VimpoTrainerColocateAsync, VimpoTrainerSync
 
     for mode, trainer in (("sync", VimpoTrainerSync), ("colocate_async", VimpoTrainerColocateAsync)):

@@ -38,7 +38,9 @@ def by_hand(seed, step, data_source, index, flip_prob):
 def test_the_hash_is_what_it_says(seed, step, index, flip_prob):
     config = RewardNoiseConfig(flip_prob, seed)
     assert is_flipped(config, step, (SOURCE, index)) == by_hand(seed, step, SOURCE, index, flip_prob)
-    assert is_flipped(config, np.int64(step), (np.str_(SOURCE), np.int64(index))) == is_flipped(config, step, (SOURCE, index))
+    assert is_flipped(config, np.int64(step), (np.str_(SOURCE), np.int64(index))) == is_flipped(
+        config, step, (SOURCE, index)
+    )
 
 
 def test_flips_stay_the_same_from_release_to_release():
@@ -148,14 +150,18 @@ def test_driver_refuses_every_problem_at_once(estimator):
 
 
 def test_driver_refuses_the_old_trainer_with_noise():
-    with pytest.raises(ValueError, match="algorithm.reward_noise is built on verl's v1 trainer; write trainer.use_v1=True"):
+    with pytest.raises(
+        ValueError, match="algorithm.reward_noise is built on verl's v1 trainer; write trainer.use_v1=True"
+    ):
         validate(compose(*NOISE, "trainer.use_v1=False"))
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "vimpo"])
 def test_driver_says_that_noise_is_in_force(estimator, capsys):
     validate(compose(f"algorithm.adv_estimator={estimator}", *NOISE))
-    assert "reward noise in force, in training only: RewardNoiseConfig(flip_prob=0.4, seed=3)" in capsys.readouterr().out
+    assert (
+        "reward noise in force, in training only: RewardNoiseConfig(flip_prob=0.4, seed=3)" in capsys.readouterr().out
+    )
     validate(compose(f"algorithm.adv_estimator={estimator}"))
     assert "noise" not in capsys.readouterr().out
 
@@ -166,6 +172,7 @@ def test_driver_says_that_noise_is_in_force(estimator, capsys):
 def trainer_of(monkeypatch, *overrides, mode="sync"):
     """What verl's task runner makes, without its initialisation; and how often that would have run."""
     import verl.trainer.ppo.v1.trainer_base as base
+
     import verl_patches.trainer  # noqa: F401
 
     initialised = []
@@ -184,6 +191,7 @@ def trainer_of(monkeypatch, *overrides, mode="sync"):
 def test_without_noise_the_trainers_are_what_they_are(monkeypatch, mode, overrides):
     from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
     from verl_patches.trainer import VimpoTrainerColocateAsync, VimpoTrainerSync
 
     stock, initialised = trainer_of(monkeypatch, *overrides, mode=mode)

@@ -19,7 +19,7 @@ from vimpo_verl.token_statistics import TokenStatistics, linear_token_statistics
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from tensor_memory import TensorMemory  # noqa: E402
+from tensor_memory import TensorMemory
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 

@@ -101,6 +101,7 @@ def test_a_batch_that_is_not_from_vimpos_trainer_is_refused(trainer_and_queue):
 
 def test_the_worker_needs_a_reference(models, monkeypatch):
     import verl.workers.engine_workers as engine_workers
+
     from verl_patches.worker import VimpoActorRolloutRefWorker
 
     monkeypatch.setattr(engine_workers, "get_rollout_class", lambda name, mode: lambda **_: None)
@@ -132,8 +133,9 @@ def test_a_reward_that_is_not_finite_is_named_with_sample_and_rank(trainer_and_q
         with pytest.raises(FloatingPointError) as error:
             run_trainer_step(trainer, queue, bad)
         sample = list(queue.rows)[position]
-        assert f"step 1: reward is {value} at response token {token} of sample {sample} on data-parallel rank {rank} (1" in str(
-            error.value
+        assert (
+            f"step 1: reward is {value} at response token {token} of sample {sample} on data-parallel rank {rank} (1"
+            in str(error.value)
         )
     after = parameters_of(trainer.actor_rollout_wg.worker.actor.engine)
     assert all(torch.equal(before[name], after[name]) for name in before), "nothing was updated"
@@ -146,7 +148,9 @@ def test_a_td_that_overflows_is_named(trainer_and_queue):
     batch = trainer._compute_ref_log_prob(trainer._compute_old_log_prob(batch, metrics), metrics)
     row = queue.rows[batch.keys[2]]
     row["ref_log_prob"], row["token_kl"] = row["ref_log_prob"] + 3e38, row["token_kl"] + 3e38
-    with pytest.raises(FloatingPointError, match=f"step 1: value is .*inf at response token 0 of sample {batch.keys[2]} on"):
+    with pytest.raises(
+        FloatingPointError, match=f"step 1: value is .*inf at response token 0 of sample {batch.keys[2]} on"
+    ):
         trainer._compute_advantage(batch, metrics)
 
 

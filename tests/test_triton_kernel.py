@@ -97,7 +97,9 @@ def near(kind, z, distance, generator):
         "few changed": z + distance * noise * few,
         "few elsewhere": torch.where(few, z.std() * noise, z + distance * noise),
         "heavy tails": z + distance * noise / torch.randn(z.shape, generator=generator).abs().clamp(min=1e-3),
-        "all moved": z + distance * noise + torch.tensor([-500.0, -20.0, 20.0, 500.0]).repeat(len(z) // 4).unsqueeze(-1),
+        "all moved": z
+        + distance * noise
+        + torch.tensor([-500.0, -20.0, 20.0, 500.0]).repeat(len(z) // 4).unsqueeze(-1),
     }[kind]
 
 
@@ -322,7 +324,5 @@ def test_strided_rows_and_nothing_modified(draw):
 
 
 def test_no_tokens():
-    found = kernel.triton_token_statistics(
-        torch.zeros(0, 7), torch.zeros(0, 7), torch.zeros(0, dtype=torch.long), None
-    )
+    found = kernel.triton_token_statistics(torch.zeros(0, 7), torch.zeros(0, 7), torch.zeros(0, dtype=torch.long), None)
     assert all(result.shape == (0,) for result in found)

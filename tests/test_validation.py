@@ -106,6 +106,7 @@ def test_a_micro_batch_size_of_the_reference_is_kept():
 def test_the_knobs_reach_the_workers():
     """actor.policy_loss is built through its _target_, in every worker."""
     from verl.utils.config import omega_conf_to_dataclass
+
     from verl_patches.policy_loss_config import VimpoPolicyLossConfig
 
     config = vimpo("+algorithm.vimpo.beta=5e-3", "+algorithm.vimpo.kl_estimator=k3", "+algorithm.vimpo.actor_coeff=0.1")

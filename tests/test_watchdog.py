@@ -14,7 +14,9 @@ from verl_patches.watchdog import STAGES, StageTimeout, Watchdog, WatchedTrainer
 def test_a_stage_beyond_the_bound_is_ended_and_named(capfd):
     watchdog = Watchdog(0.4, lambda stage: ", waiting for 3 prompts")
     started = time.monotonic()
-    with pytest.raises(StageTimeout, match="step 7: generation has been running for 0 s, waiting for 3 prompts, more than"):
+    with pytest.raises(
+        StageTimeout, match="step 7: generation has been running for 0 s, waiting for 3 prompts, more than"
+    ):
         with watchdog.watching():
             watchdog.enter("step 7: generation")
             time.sleep(30)

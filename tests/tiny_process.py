@@ -40,7 +40,13 @@ class TinyRun:
             **environment,
         }
         env.pop("TRITON_INTERPRET", None)  # of the kernel's tests
-        command = ["bash", "examples/tiny/run_tiny.sh", "trainer.val_before_train=False", "trainer.test_freq=-1", *overrides]
+        command = [
+            "bash",
+            "examples/tiny/run_tiny.sh",
+            "trainer.val_before_train=False",
+            "trainer.test_freq=-1",
+            *overrides,
+        ]
         self.output = (folder / "output.txt").open("w")
         self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=self.output, stderr=subprocess.STDOUT)
 

@@ -35,7 +35,5 @@ def _packed_attention(query, key, value, attention_mask, query_length, position_
     repeats = query.shape[2] // key.shape[2]
     key, value = (states.repeat_interleave(repeats, dim=2) for states in (key, value))
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-    output = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=allowed, scale=softmax_scale
-    )
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=softmax_scale)
     return output.transpose(1, 2)

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-
 from verl.utils import tensordict_utils as tu
+
 from vimpo_verl.token_statistics import TokenStatistics, linear_token_statistics
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-
 from verl.utils import tensordict_utils as tu
+
 from verl_patches.fused_head import fused_heads
 from vimpo_verl.functional import sampled_kl
 from vimpo_verl.token_statistics import TokenStatistics, token_statistics

@@ -80,7 +80,9 @@ def add_noise(batch: KVBatchMeta, metrics: dict, config: Any) -> None:
     )
     per_token = list(data["rm_scores"].unbind())
     if any(scores.dim() != 1 for scores in per_token):
-        raise ValueError(f"{SECTION}: rm_scores has several channels, {list(per_token[0].shape)}; a reward is one number")
+        raise ValueError(
+            f"{SECTION}: rm_scores has several channels, {list(per_token[0].shape)}; a reward is one number"
+        )
     noisy = flip_groups(
         noise_of(config)[0],
         rewards=[scores.sum().item() for scores in per_token],
@@ -95,7 +97,9 @@ def add_noise(batch: KVBatchMeta, metrics: dict, config: Any) -> None:
         rewritten = [_at_the_end(scores, reward) for scores, reward in zip(per_token, noisy.rewards, strict=True)]
         rm_scores = torch.nested.as_nested_tensor(rewritten, layout=torch.jagged)
         tq.kv_batch_put(
-            keys=keys, partition_id=batch.partition_id, fields=TensorDict({"rm_scores": rm_scores}, batch_size=len(keys))
+            keys=keys,
+            partition_id=batch.partition_id,
+            fields=TensorDict({"rm_scores": rm_scores}, batch_size=len(keys)),
         )
     metrics["reward_noise/clean_mean"] = noisy.clean_mean
     metrics["reward_noise/noisy_mean"] = noisy.noisy_mean

@@ -16,17 +16,17 @@ import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
-
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.utils.padding import response_from_nested, response_to_nested
+
 from verl_patches.checkpoints import CheckpointedTrainer
 from verl_patches.reward_noise import with_reward_noise
 from verl_patches.switch import is_vimpo, knobs_of
 from verl_patches.value_branch import ACTOR_COEFF, IS_REAL
-from verl_patches.watchdog import WatchedTrainer, Watchdog
+from verl_patches.watchdog import Watchdog, WatchedTrainer
 from verl_patches.worker import VimpoActorRolloutRefWorker
 from vimpo_verl.registrations import JointPassOutput, joint_pass_output
 

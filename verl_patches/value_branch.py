@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
+
 from verl_patches.joint_pass import statistics_against_reference
 from vimpo_verl import functional as F
 from vimpo_verl.config import VimpoConfig

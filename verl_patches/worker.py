@@ -8,12 +8,12 @@ import contextlib
 
 import torch
 from tensordict import TensorDict
-
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.profiler import DistProfiler
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+
 from verl_patches.fused_head import fused_heads
 from verl_patches.joint_pass import joint_infer_batch
 from verl_patches.lora_reference import AdaptersOff

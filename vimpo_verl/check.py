@@ -128,7 +128,9 @@ def _seams() -> Iterator[Finding]:
         if is_in_force(seam):
             yield Finding(OK, f"seam '{seam.name}'", f"in force by {seam.how} ({place})")
         else:
-            yield Finding(FAIL, f"seam '{seam.name}'", f"not in force ({place}): {failures().get(seam.name, 'unknown')}")
+            yield Finding(
+                FAIL, f"seam '{seam.name}'", f"not in force ({place}): {failures().get(seam.name, 'unknown')}"
+            )
 
 
 def _registered() -> Iterator[Finding]:
@@ -207,6 +209,10 @@ def _reason(error: Exception) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """verl's imports warn about every engine that is not installed; the report says what matters."""
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         yield

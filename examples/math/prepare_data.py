@@ -54,9 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     root = Path(__file__).resolve().parents[2]
-    parser.add_argument("--out", type=Path, default=root / "outputs/data", help="default: outputs/data of the repository")
+    parser.add_argument(
+        "--out", type=Path, default=root / "outputs/data", help="default: outputs/data of the repository"
+    )
     parser.add_argument("--sets", nargs="+", default=list(SOURCES), metavar="SET", help=f"of {', '.join(SOURCES)}")
-    parser.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="read FOLDER/<set>/ instead of the hub")
+    parser.add_argument(
+        "--from", dest="source", type=Path, metavar="FOLDER", help="read FOLDER/<set>/ instead of the hub"
+    )
     parser.add_argument("--limit", type=int, help="the first LIMIT rows of each set, for a try")
     parser.add_argument("--drop-bad-rows", action="store_true", help="leave out rows without a usable answer")
     parser.add_argument("--force", action="store_true", help="write also what is already there")
@@ -206,7 +210,9 @@ def _load_local(name: str, files: list[Path]) -> Any:
             _FORMATS[files[0].suffix], data_files={"rows": [str(file) for file in files]}, split="rows"
         )
     except Exception as error:
-        raise DataError(f"{name}: {', '.join(map(str, files))} cannot be read: {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"{name}: {', '.join(map(str, files))} cannot be read: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _local_files(name: str, source: Source, folder: Path) -> dict[str, list[Path]]:
@@ -224,7 +230,9 @@ def _local_files(name: str, source: Source, folder: Path) -> dict[str, list[Path
 
 
 def _files_of_part(name: str, source: Source, root: Path, configuration: str | None, split: str) -> list[Path]:
-    candidates = sorted(file for file in root.glob(source.files or "**/*") if file.suffix in _FORMATS and file.is_file())
+    candidates = sorted(
+        file for file in root.glob(source.files or "**/*") if file.suffix in _FORMATS and file.is_file()
+    )
     candidates = [file for file in candidates if not any(part.startswith(".") for part in file.relative_to(root).parts)]
     for word in filter(None, (configuration, split)):
         named = [file for file in candidates if _names(file.relative_to(root), word)]

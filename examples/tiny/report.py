@@ -1,6 +1,6 @@
 """Compare finished tiny runs: a table on the screen and their curves in a PNG.
 
-    python report.py --runs grpo=outputs/tiny/grpo vimpo=outputs/tiny/vimpo --png outputs/tiny/curves.png
+python report.py --runs grpo=outputs/tiny/grpo vimpo=outputs/tiny/vimpo --png outputs/tiny/curves.png
 """
 
 import argparse

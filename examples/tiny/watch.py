@@ -101,7 +101,9 @@ def watch(process: subprocess.Popen, args: argparse.Namespace) -> int:
         status = process.poll()
         for record in metrics.new_records():
             elapsed = time.monotonic() - started
-            print(f"[{args.name}] step {record['step']}/{args.steps}  {describe(record)}  ({elapsed:.0f} s)", flush=True)
+            print(
+                f"[{args.name}] step {record['step']}/{args.steps}  {describe(record)}  ({elapsed:.0f} s)", flush=True
+            )
         if status is not None:
             return status
         time.sleep(0.5)

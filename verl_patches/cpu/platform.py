@@ -31,9 +31,7 @@ _MISSING_IN_TORCH_CPU = {
     "manual_seed_all": torch.manual_seed,
     "mem_get_info": lambda *args: (0, 0),
     **dict.fromkeys(("empty_cache", "ipc_collect", "reset_peak_memory_stats", "set_device"), _nothing),
-    **dict.fromkeys(
-        ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), _zero
-    ),
+    **dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), _zero),
 }
 
 

@@ -19,7 +19,9 @@ from vimpo_verl.rewards.answers import EQUAL, NOTHING_FOUND
 from vimpo_verl.rewards.pool import Limits, pool_for
 
 if importlib.util.find_spec("math_verify") is None:  # now, when a reward worker starts, not with the first answer
-    raise ImportError("vimpo_verl.rewards.math needs math-verify, which is not installed: pip install 'vimpo_verl[math]'")
+    raise ImportError(
+        "vimpo_verl.rewards.math needs math-verify, which is not installed: pip install 'vimpo_verl[math]'"
+    )
 
 _MAX_GOLD = 10_000  # characters
 
@@ -84,4 +86,3 @@ def _gold(ground_truth: Any, data_source: str, extra_info: dict | None) -> str:
             "answer in reward_model.ground_truth (examples/math/prepare_data.py checks that)"
         )
     return gold
-

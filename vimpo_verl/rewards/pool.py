@@ -160,7 +160,6 @@ class _Checker:
         return lines[-1] if lines else f"exit status {self.process.returncode}, no message"
 
 
-
 _pools: dict[tuple[int, Limits], CheckerPool] = {}
 _lock = threading.Lock()
 
