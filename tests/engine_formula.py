@@ -50,12 +50,12 @@ def advantages_and_targets(tokens, samples, beta, lam):
                 row[t] = running
         raw.append(row)
         sums.append(sum(td[t].item() for t in range(len(td)) if sample.mask[t]))
-    valid = [a for row, sample in zip(raw, samples) for a, m in zip(row, sample.mask) if m]
+    valid = [a for row, sample in zip(raw, samples, strict=True) for a, m in zip(row, sample.mask, strict=True) if m]
     mean = sum(valid) / len(valid)
     variance = sum((a - mean) ** 2 for a in valid) / (len(valid) - 1)
     white = [
-        [(a - mean) / (variance + 1e-8) ** 0.5 if m else 0.0 for a, m in zip(row, sample.mask)]
-        for row, sample in zip(raw, samples)
+        [(a - mean) / (variance + 1e-8) ** 0.5 if m else 0.0 for a, m in zip(row, sample.mask, strict=True)]
+        for row, sample in zip(raw, samples, strict=True)
     ]
     targets = []
     for sample in samples:
@@ -67,12 +67,12 @@ def advantages_and_targets(tokens, samples, beta, lam):
 def actor_coeff(samples, sums, targets, beta, alpha=0.1):
     """alpha * beta * mean_length * rms_over_tokens(residual) * max(0, correlation within groups)."""
     lengths = [sum(s.mask) for s in samples]
-    square = sum(n * (s - r) ** 2 for n, s, r in zip(lengths, sums, targets)) / sum(lengths)
+    square = sum(n * (s - r) ** 2 for n, s, r in zip(lengths, sums, targets, strict=True)) / sum(lengths)
     centred = []
-    for sample, own in zip(samples, sums):
-        members = [s for other, s in zip(samples, sums) if other.uid == sample.uid]
+    for sample, own in zip(samples, sums, strict=True):
+        members = [s for other, s in zip(samples, sums, strict=True) if other.uid == sample.uid]
         centred.append(own - sum(members) / len(members))
-    numerator = sum(a * b for a, b in zip(centred, targets))
+    numerator = sum(a * b for a, b in zip(centred, targets, strict=True))
     scale = (sum(a * a for a in centred) * sum(b * b for b in targets)) ** 0.5
     trust = max(0.0, numerator / scale) if scale > 0 else 0.0
     return alpha * beta * sum(lengths) / len(lengths) * square**0.5 * trust

@@ -64,11 +64,11 @@ def loop_metrics(inputs, expected):
     mask = inputs["response_mask"]
     lengths = [int(row.sum()) for row in mask]
     tokens = sum(lengths)
-    residuals = [s - t for s, t in zip(expected["sums"], expected["targets"])]
+    residuals = [s - t for s, t in zip(expected["sums"], expected["targets"], strict=True)]
 
     def centred(values):
-        means = {g: _mean([v for v, other in zip(values, GROUPS) if other == g]) for g in GROUPS}
-        return [v - means[g] for v, g in zip(values, GROUPS)]
+        means = {g: _mean([v for v, other in zip(values, GROUPS, strict=True) if other == g]) for g in GROUPS}
+        return [v - means[g] for v, g in zip(values, GROUPS, strict=True)]
 
     s, r = centred(expected["sums"]), centred(OUTCOME.tolist())
     pairs = [(i, j) for i in range(8) for j in range(8) if GROUPS[i] == GROUPS[j] and OUTCOME[i] > OUTCOME[j]]
@@ -76,8 +76,8 @@ def loop_metrics(inputs, expected):
     raw = [expected["raw"][i, t].item() for i in range(8) for t in range(LENGTH) if mask[i, t]]
     return {
         "vimpo/kl": _mean([inputs["token_kl"][i, t].item() for i in range(8) for t in range(LENGTH) if mask[i, t]]),
-        "vimpo/residual_rms": math.sqrt(sum(n * x * x for n, x in zip(lengths, residuals)) / tokens),
-        "vimpo/target_rms": math.sqrt(sum(n * x * x for n, x in zip(lengths, expected["targets"])) / tokens),
+        "vimpo/residual_rms": math.sqrt(sum(n * x * x for n, x in zip(lengths, residuals, strict=True)) / tokens),
+        "vimpo/target_rms": math.sqrt(sum(n * x * x for n, x in zip(lengths, expected["targets"], strict=True)) / tokens),
         "vimpo/advantage_std": math.sqrt(sum((a - _mean(raw)) ** 2 for a in raw) / (len(raw) - 1)),
         "vimpo/outcome_correlation": _dot(s, r) / math.sqrt(_dot(s, s) * _dot(r, r)),
         "vimpo/value_explained_variance": 1 - _variance(residuals) / _variance(expected["targets"]),
@@ -94,7 +94,7 @@ def _variance(values):
 
 
 def _dot(a, b):
-    return sum(x * y for x, y in zip(a, b))
+    return sum(x * y for x, y in zip(a, b, strict=True))
 
 
 CONFIGS = {

@@ -379,7 +379,8 @@ def test_command_prints_and_writes_everything(tmp_path, capsys):
     assert math.isclose(table["end"], 20)
     names = {path.stem for path in out.glob("*.png")}
     assert names == {
-        "overview", "reward", "validation_math500", "kl", "response_length", "entropy", "value_explained_variance", "outcome_auc", "seconds_a_step",
+        "overview", "reward", "validation_math500", "kl", "response_length", "entropy",
+        "value_explained_variance", "outcome_auc", "seconds_a_step",
     }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def test_backward(dtype, tolerance, vocabulary):
     ours, plain = [x.clone().requires_grad_() for x in inputs], [x.double().requires_grad_() for x in inputs]
     (weight * F.exact_kl(*ours)).sum().backward()
     (weight * plain_kl(*plain)).sum().backward()
-    for x, y in zip(ours, plain):
+    for x, y in zip(ours, plain, strict=True):
         assert x.grad.dtype == dtype
         assert (x.grad.double() - y.grad).abs().max() <= tolerance * y.grad.abs().max()
 

@@ -24,7 +24,7 @@ def accumulated(dtype):
 
 
 @st.composite
-def tensors(draw, *shape, scale=st.sampled_from([0.0, 1e-6, 1.0, 30.0, 1e15]), dtype=None):
+def tensors(draw, *shape, scale=st.sampled_from([0.0, 1e-6, 1.0, 30.0, 1e15]), dtype=None):  # noqa: B008
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype = dtype or draw(st.sampled_from(DTYPES))
     largest = min(torch.finfo(dtype).max, 1e30)  # float16 ends at 65504
@@ -94,14 +94,17 @@ def test_td_values_advantages(batch, beta, lam):
 @given(token_batches(), st.integers(1, 5), st.sampled_from([0.0, 0.3, 1.0]))
 def test_more_padding_changes_nothing(batch, extra, lam):
     """Neither columns behind nor empty rows; what they hold does not matter."""
-    padded = [torch.nn.functional.pad(x, (0, extra, 0, extra), value=v) for x, v in zip(batch, (1e3, -7.0, 3.0, 0))]
+    padded = [
+        torch.nn.functional.pad(x, (0, extra, 0, extra), value=v)
+        for x, v in zip(batch, (1e3, -7.0, 3.0, 0), strict=True)
+    ]
     rows, columns = batch[-1].shape
 
     def compute(log_prob, ref_log_prob, token_kl, mask):
         td = F.td_residual(log_prob, ref_log_prob, token_kl, mask, 0.1)
         return td, F.implied_values(td, mask), F.implied_advantages(td, mask, lam), F.whiten(td, mask)
 
-    for plain, longer in zip(compute(*batch), compute(*padded)):
+    for plain, longer in zip(compute(*batch), compute(*padded), strict=True):
         torch.testing.assert_close(longer[:rows, :columns], plain, rtol=1e-5, atol=1e-6)
 
 
@@ -141,7 +144,7 @@ def refused(name, function, *arguments, **keywords):
 
 def refused_everywhere(name, batch, wrong):
     """One of the four token tensors is replaced: everything that takes it refuses it."""
-    arguments = [wrong if other == name else tensor for other, tensor in zip(NAMES, batch)]
+    arguments = [wrong if other == name else tensor for other, tensor in zip(NAMES, batch, strict=True)]
     target = torch.zeros(batch[0].shape[0])
     refused(name, F.td_residual, *arguments, 0.1)
     refused(name, F.value_loss, *arguments[:3], target, arguments[3], 0.1)
@@ -266,7 +269,7 @@ def test_a_batch_that_does_not_fit_is_refused(batch, data):
     """compute_batch names what does not fit, before anything is computed."""
     rows, columns = batch[0].shape
     assume(rows > 0 and columns > 0)
-    good = dict(zip(("old_log_prob", "ref_log_prob", "token_kl", "response_mask"), batch), outcome=torch.zeros(rows),
+    good = dict(zip(("old_log_prob", "ref_log_prob", "token_kl", "response_mask"), batch, strict=True), outcome=torch.zeros(rows),
                 group=["a"] * rows, is_padding=torch.zeros(rows, dtype=torch.bool), lam=1.0)  # fmt: skip
     wrong = {
         "old_log_prob": ("log_prob", torch.zeros(rows, columns + 1)),

@@ -1,4 +1,5 @@
-"""Claim: VIMPO's update holds nothing logits-sized that GRPO's does not, and what verl does to logits in place cannot change kappa.
+"""Claim: VIMPO's update holds nothing logits-sized that GRPO's does not, and what verl does to logits in place cannot
+change kappa.
 
 Tensors are counted by a dispatch mode (benchmarks/tensor_memory.py), on verl's FSDP engine. The hazards are acted out: verl's
 functions are replaced by ones that spoil the logits they were given. Not covered: the allocator of a GPU.

@@ -17,8 +17,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples/math"))
 
-import prepare_data
-from math_sources import SOURCES, DataError
+import prepare_data  # noqa: E402
+from math_sources import SOURCES, DataError  # noqa: E402
 
 FIXTURES = json.loads((Path(__file__).parent / "fixtures/math_sources.json").read_text())
 

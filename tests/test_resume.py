@@ -68,9 +68,8 @@ def test_ten_kills_change_nothing(uninterrupted, tmp_path):
         run.kill_at_incident(300)
         assert sorted(run.steps) == list(range(first, step)), f"kill {number}: {point} in step {step}"
         check_equal(run, uninterrupted, seen)
-        print(
-            f"kill {number + 1}: {point} in step {step}, after {time.monotonic() - run.started:.0f} s; steps {sorted(run.steps)} equal"
-        )
+        seconds = time.monotonic() - run.started
+        print(f"kill {number + 1}: {point} in step {step}, after {seconds:.0f} s; steps {sorted(run.steps)} equal")
         if number - 1 in TORN:
             assert TORN[number - 1] in run.log, "the torn checkpoint of the kill before is refused by name"
         first = next_first

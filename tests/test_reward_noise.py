@@ -1,6 +1,7 @@
-"""Claims about noisy rewards: whole groups are flipped with the given probability, decided by seed, step and prompt alone, so
-that GRPO and VIMPO get the same flips; verl trains on the flipped rewards and logs both means; placeholders and validation are never
-touched; rewards other than 0 and 1, and samples without an index, are refused by name; without noise the trainers are verl's.
+"""Claims about noisy rewards: whole groups are flipped with the given probability, decided by seed, step and prompt
+alone, so that GRPO and VIMPO get the same flips; verl trains on the flipped rewards and logs both means; placeholders
+and validation are never touched; rewards other than 0 and 1, and samples without an index, are refused by name; without
+noise the trainers are verl's.
 
 verl's own configuration, trainer classes and advantage; the TransferQueue is a dictionary (in_process.py). Whole runs with noise
 were made by hand (docs/recipes.md), not here.

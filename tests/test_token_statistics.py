@@ -55,7 +55,7 @@ def plain(policy_logits, ref_logits, labels, temperature=None):
 def assert_agrees(actual, expected, tolerance):
     for name in TokenStatistics._fields:
         result, wanted = getattr(actual, name).double().cpu(), getattr(expected, name).double().cpu()
-        torch.testing.assert_close(result, wanted, rtol=tolerance, atol=1e-13, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(result, wanted, rtol=tolerance, atol=1e-13, msg=lambda m: f"{name}: {m}")  # noqa: B023
 
 
 @pytest.mark.parametrize("device", DEVICES)

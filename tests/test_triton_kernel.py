@@ -141,7 +141,7 @@ def test_temperature_of_each_token(draw):
 @pytest.mark.parametrize("distance", [0.001, 0.1, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_rows_are_done_again_where_the_labels_are_samples(draw, done_again, scale, distance, dtype):
-    """From a flat to a peaked policy. (E_p[delta])^2 is about twice the KL on average, so one in eight at most is far above it."""
+    """From a flat to a peaked policy. (E_p[delta])^2 is about twice the KL on average, so one in eight is far above it."""
     z = scale * draw(64, 5003)
     u = z + distance * draw(64, 5003)
     z, u = z.to(dtype), u.to(dtype)

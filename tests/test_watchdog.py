@@ -14,12 +14,14 @@ from verl_patches.watchdog import STAGES, StageTimeout, Watchdog, WatchedTrainer
 def test_a_stage_beyond_the_bound_is_ended_and_named(capfd):
     watchdog = Watchdog(0.4, lambda stage: ", waiting for 3 prompts")
     started = time.monotonic()
-    with pytest.raises(
-        StageTimeout, match="step 7: generation has been running for 0 s, waiting for 3 prompts, more than"
+    with (
+        pytest.raises(
+            StageTimeout, match="step 7: generation has been running for 0 s, waiting for 3 prompts, more than"
+        ),
+        watchdog.watching(),
     ):
-        with watchdog.watching():
-            watchdog.enter("step 7: generation")
-            time.sleep(30)
+        watchdog.enter("step 7: generation")
+        time.sleep(30)
     assert 0.4 <= time.monotonic() - started < 5
     said = capfd.readouterr().err
     assert "the run will be ended at 0 s" in said, "a warning before the end"

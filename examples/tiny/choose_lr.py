@@ -63,7 +63,7 @@ def sample(model: Qwen3ForCausalLM, tokenizer, rng: random.Random) -> Rollout:
     mask = torch.stack(mask, dim=1)
     outcome = [
         float(tokenizer.decode(row[-RESPONSE_TOKENS:][valid]).removesuffix(EOS) == answer(question))
-        for row, valid, question in zip(sequences, mask, questions)
+        for row, valid, question in zip(sequences, mask, questions, strict=True)
     ]
     group = [index // RESPONSES for index in range(len(questions))]
     return Rollout(sequences, mask.float(), torch.tensor(outcome), group)
@@ -137,7 +137,7 @@ def main() -> None:
     print("    lr   algo  accuracy at the end: mean (each seed)      lowest reward on the way", flush=True)
     for lr in args.rates:
         for algo in LOSSES:
-            accuracies, lowest = zip(*(train(algo, lr, seed, args) for seed in args.seeds))
+            accuracies, lowest = zip(*(train(algo, lr, seed, args) for seed in args.seeds), strict=True)
             each = " ".join(f"{accuracy:.2f}" for accuracy in accuracies)
             print(f"{lr:6.1e}  {algo:>5}  {mean(accuracies):.2f} ({each})  {min(lowest):.2f}", flush=True)
 

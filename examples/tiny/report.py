@@ -70,7 +70,7 @@ def table(runs: list[Run]) -> str:
     """Aligned columns."""
     rows = [HEADER, *(row(run) for run in runs)]
     widths = [max(len(line[column]) for line in rows) for column in range(len(HEADER))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in rows)
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in rows)
 
 
 def plot(runs: list[Run], path: Path) -> None:

@@ -1,4 +1,6 @@
-"""A reward function that goes wrong: $FAULTY_REWARD is `raises`, `hangs` or `nan`, from call $FAULTY_CALL on, $FAULTY_TIMES times."""
+"""A reward function that goes wrong: $FAULTY_REWARD is `raises`, `hangs` or `nan`, from call $FAULTY_CALL on,
+$FAULTY_TIMES times.
+"""
 
 import itertools
 import os

@@ -1,4 +1,5 @@
-"""Makes something go wrong at an exact moment of a verl run: loaded through VERL_USE_EXTERNAL_MODULES by the tests of faults and resume.
+"""Makes something go wrong at an exact moment of a verl run: loaded through VERL_USE_EXTERNAL_MODULES by the tests of
+faults and resume.
 
 INCIDENT="point:count:action" in the environment. The count-th time that a process of the run comes by the point, it does
 the action; `rank-1` and the like after another colon restricts it to one rank. Points are functions of verl or of ours,
@@ -104,7 +105,7 @@ def _save(wrapped, instance, args, kwargs):
 
 def _empty_tracker(path, mode="r", *others, **kwargs):
     """open() of verl's trainer: the tracker has been emptied and not been written."""
-    file = open(path, mode, *others, **kwargs)
+    file = open(path, mode, *others, **kwargs)  # noqa: SIM115  the caller closes it
     if str(path).endswith("latest_checkpointed_iteration.txt") and "w" in mode and _is_due():
         _act()
     return file

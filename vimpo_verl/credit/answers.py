@@ -120,11 +120,10 @@ def _require(row: dict, *names: str) -> None:
 
 
 def _answer(where: str, row: dict, *, prompt, response, reward, **more) -> Answer:
-    if not isinstance(prompt, str):
-        if not isinstance(prompt, list) or not all(
-            isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt
-        ):
-            raise ValueError(f"prompt must be {PROMPT_FORMS}, found {prompt!r:.80}")
+    if not isinstance(prompt, str) and (
+        not isinstance(prompt, list) or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
+    ):
+        raise ValueError(f"prompt must be {PROMPT_FORMS}, found {prompt!r:.80}")
     if not isinstance(response, str):
         raise ValueError(f"response must be text, found {response!r:.80}")
     if isinstance(reward, bool) or not isinstance(reward, (int, float)) or not math.isfinite(reward):
