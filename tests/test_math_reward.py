@@ -296,7 +296,7 @@ def test_missing_math_verify_is_said_when_the_reward_is_loaded(monkeypatch):
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
     source = Path(math.__file__).read_text()
-    with pytest.raises(ImportError, match=r"pip install 'vimpo_verl\[math\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'math-verify>=0\.9,<0\.10'"):
         exec(compile(source, math.__file__, "exec"), {"__name__": "loaded_by_verl"})
 
 

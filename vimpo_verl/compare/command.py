@@ -109,7 +109,7 @@ def _plots(comparison, arguments: argparse.Namespace, write: Callable[[str], Non
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        write("No plots: matplotlib is not installed here: pip install matplotlib, or vimpo_verl[plot]")
+        write("No plots: matplotlib is not installed here: pip install matplotlib")
         return []
     from vimpo_verl.compare import plots
 

@@ -7,7 +7,7 @@ The answer is what stands in the last closed \boxed{...}; without a box, what ma
 Equal text, whole numbers and words are compared here; the rest by math-verify, in checker processes with limits on time and
 memory (vimpo_verl.rewards.pool), so that no answer can hang or fell a run. Safe in threads and in Ray actors.
 
-Needs math-verify: pip install 'vimpo_verl[math]'.
+Needs math-verify: pip install '.[math]' in a clone of this repository.
 """
 
 import functools
@@ -20,7 +20,7 @@ from vimpo_verl.rewards.pool import Limits, pool_for
 
 if importlib.util.find_spec("math_verify") is None:  # now, when a reward worker starts, not with the first answer
     raise ImportError(
-        "vimpo_verl.rewards.math needs math-verify, which is not installed: pip install 'vimpo_verl[math]'"
+        "vimpo_verl.rewards.math needs math-verify, which is not installed: pip install 'math-verify>=0.9,<0.10'"
     )
 
 _MAX_GOLD = 10_000  # characters
