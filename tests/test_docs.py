@@ -1,15 +1,26 @@
-"""Claim: the documentation says what the code does: defaults, knobs, metrics and seams are those of the code."""
+"""Claim: the documentation says what the code does: defaults, knobs and metrics are those of the code; the README's whole
+command is one that verl accepts; the workflow runs the README's commands; what a page names is there.
+"""
 
+import importlib.util
+import inspect
+import os
 import re
+import subprocess
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
 import torch
+import yaml
+from test_validation import compose, validate
 
 from vimpo_verl.batch import compute_batch
 from vimpo_verl.config import PAPER_RECIPE, VimpoConfig, parse_config
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 CONFIGURATION = (ROOT / "docs/configuration.md").read_text()
 
 
@@ -49,11 +60,97 @@ def test_every_metric_is_explained():
     assert documented == {*batch.metrics, *of_the_trainer}
 
 
-def test_links_between_documents_lead_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
-        for path in re.findall(
-            r"`((?:docs|examples|tests|benchmarks|vimpo_verl|verl_patches)/[\w/.]+)`", page.read_text()
-        ):
-            assert (ROOT / path).exists(), f"{page.name} names {path}"
+def blocks(text: str) -> list[str]:
+    """The shell commands of a page."""
+    return re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_is_there(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / target).exists(), f"links to {target}"
+    folders = "docs|examples|tests|benchmarks|vimpo_verl|verl_patches"
+    named = re.findall(rf"`((?:{folders})/[\w/.]+)`", text)
+    named += [path for block in blocks(text) for path in re.findall(rf"(?<![\w/.])((?:{folders})/[\w/.]+)", block)]
+    missing = [path for path in named if not (ROOT / path).exists() and not path.startswith("benchmarks/results")]
+    assert missing == []
+
+
+def test_clone_addresses_are_placeholders():
+    """Nobody knows who publishes this copy; an address that is wrong is somebody else's."""
+    addresses = [
+        address for page in PAGES for address in re.findall(r"(?:https?|git|ssh)[:@]\S+/vimpo_verl", page.read_text())
+    ]
+    assert set(addresses) == {"https://github.com/OWNER/vimpo_verl"}
+
+
+@pytest.fixture(params=["vimpo", "grpo"])
+def arguments_of_the_readme(request, tmp_path) -> list[str]:
+    """What bash hands to verl in the README's whole command; `python` is a stub that writes its arguments down."""
+    (block,) = [block for block in blocks(README) if "verl.trainer.main_ppo" in block]
+    assert block.count("ESTIMATOR=vimpo\n") == 1
+    stub = tmp_path / "python"
+    stub.write_text(f'#!/bin/sh\n[ "$1" != -m ] || printf "%s\\n" "$@" >{tmp_path}/arguments\n')
+    stub.chmod(0o755)
+    block = block.replace("ESTIMATOR=vimpo", f"ESTIMATOR={request.param}")
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-euc", block], env=env, cwd=tmp_path, check=True)
+    _, module, *overrides = (tmp_path / "arguments").read_text().splitlines()
+    assert module == "verl.trainer.main_ppo" and f"algorithm.adv_estimator={request.param}" in overrides
+    return overrides
+
+
+def test_the_whole_command_is_accepted_by_verl(arguments_of_the_readme):
+    config = compose(*arguments_of_the_readme, base=[])
+    validate(config)
+    name = config.algorithm.adv_estimator
+    assert config.trainer.experiment_name == name, "or one run would resume from the other's checkpoints"
+    assert config.actor_rollout_ref.actor.policy_loss.loss_mode == ("vimpo" if name == "vimpo" else "vanilla")
+
+
+def test_the_whole_command_reads_what_its_first_line_writes(arguments_of_the_readme):
+    config = compose(*arguments_of_the_readme, base=[])
+    sets = re.search(r"prepare_data.py --sets ([\w ]+?) *#", README).group(1).split()
+    files = [Path(config.data.train_files), Path(config.data.val_files)]
+    assert [file.stem for file in files] == sets
+    assert all(file.parts[-3:-1] == ("outputs", "data") and file.is_absolute() for file in files)
+    spec = importlib.util.spec_from_file_location("math_sources", ROOT / "examples/math/math_sources.py")
+    math_sources = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(math_sources)
+    assert set(sets) <= set(math_sources.SOURCES)
+
+
+def test_the_line_that_shows_that_it_is_on_is_one_that_the_code_prints():
+    (line,) = re.findall(r"It is on when the log says `(.+?) \.\.\.`", README)
+    sources = "".join(path.read_text() for path in (ROOT / "verl_patches").glob("*.py"))
+    assert re.search(rf'print\([^)]*f".*{line} ', sources)
+
+
+def test_the_workflow_runs_the_readmes_two_commands():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    commands = [step["run"] for step in job["steps"] if "run" in step and "if" not in step]
+    assert commands == [line.split("  #")[0].strip() for line in blocks(README.split("## Use it")[0])[0].splitlines()]
+
+
+def test_gpus_are_claimed_where_they_were_used():
+    unused = "not yet run on a GPU" in (ROOT / "docs/compatibility.md").read_text()
+    for page in ("README.md", "docs/install.md"):
+        text = (ROOT / page).read_text().lower()
+        assert ("no gpu has been used yet" in text) == unused, page
+
+
+def test_what_the_reference_takes_is_what_verl_gives_it():
+    """docs/install.md: float32 by default, in host memory whatever param_offload says."""
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
+
+    text = " ".join((ROOT / "docs/install.md").read_text().split("## What the reference takes")[1].split())
+    config = compose("actor_rollout_ref.rollout.name=vllm", base=[]).actor_rollout_ref.ref.fsdp_config
+    assert (config.model_dtype, config.param_offload, config.forward_only) == ("fp32", False, True)
+    assert "parameters x 4 bytes" in text and "fsdp_config.param_offload`, false by default, changes nothing" in text
+    source = " ".join(inspect.getsource(inspect.unwrap(FSDPEngine._build_fsdp_module)).split())
+    assert "if self.engine_config.forward_only: cpu_offload = CPUOffload(offload_params=True)" in source
+    fsdp2 = source.split("if self.engine_config.offload_policy or self.engine_config.forward_only:")[1]
+    assert fsdp2.split("=")[:2] == [" self._is_offload_param ", " False self._is_offload_optimizer "]
+    assert "offload_policy = CPUOffloadPolicy(pin_memory=True)" in fsdp2.split("fsdp_kwargs")[0]
