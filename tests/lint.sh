@@ -7,6 +7,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PATH=$PWD/.venv/bin:$PATH
 
+for tool in ruff shellcheck; do
+    command -v "$tool" >/dev/null || { echo "lint.sh: no $tool; bash tests/run.sh --setup installs it in .venv" >&2; exit 2; }
+done
+
 shell_scripts() {  # by their first line, wherever they lie
     find . \( -name .git -o -name .venv -o -name outputs \) -prune -o -type f -size -200k -print0 |
         xargs -0 awk 'FNR == 1 && /^#!.*[\/ ](ba)?sh( |$)/ { print FILENAME } { nextfile }'

@@ -70,6 +70,13 @@ def test_everything_is_said_at_once_and_environments_are_left_out(repository):
     assert "foreign" not in done.stdout + done.stderr
 
 
+def test_missing_tools_are_named(repository):
+    done = subprocess.run(
+        ["bash", str(repository / "tests/lint.sh")], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "no ruff; bash tests/run.sh --setup installs it" in done.stderr
+
+
 def test_fix_formats_and_mends(repository):
     for name in ("unformatted.py", "unused_import.py"):
         (repository / name).write_text(BAD[name][0])
