@@ -15,7 +15,12 @@ _BARE_BOX = re.compile(r"[^\s$\\{}]+")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox|operatorname)\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z '\-]*")
 _INTEGER = re.compile(r"[+-]?\d{1,18}")
-_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!;: ]|\{,\}| )(?=\d{3}(?:\D|$))")
+_FREE_SPACE = re.compile(r"(?<![\d.])\s+|\s+(?![\d.])")  # between digits a space says something
+_COUNTED_IN = re.compile(r"\w+_\{?(\d+)\}?")
+_HALF_OF_DAY = re.compile(r"(?<![A-Za-z\\])([ap])\.?\s?m(?![A-Za-z])", re.IGNORECASE)
+_PAIR = re.compile(r"(?:\\left)?\(.*,.*\)")
+_SET = re.compile(r"(?:\\left)?\\\{[^(\[]*,[^(\[]*\\\}")
+_SET_BUILDER = re.compile(r"[|:<>]|\\(?:mid|in|leq?|geq?|lt|gt)(?![A-Za-z])")
 _FULL_STOP = re.compile(r"(?<=\d)\.(?=\s|$)")
 _SHORTEST_WORD = 4  # shorter ones may be products of variables, such as abc
 
@@ -81,7 +86,7 @@ def tail(text: str) -> str:
 
 
 def clean(answer: str) -> str:
-    r"""An answer without what surrounds it: dollars, a final full stop, thousands separators such as 12\,000."""
+    """An answer without what surrounds it: dollars and a final full stop."""
     answer = answer.strip()
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         if len(answer) > len(opening) + len(closing) and answer.startswith(opening) and answer.endswith(closing):
@@ -90,14 +95,14 @@ def clean(answer: str) -> str:
         return ""
     if answer.endswith(".") and not answer.endswith("\\."):
         answer = answer[:-1].rstrip()
-    return _THOUSANDS.sub("", answer)
+    return answer
 
 
 def compare_plainly(gold: str, answer: str) -> str | None:
     """Compare what needs no algebra.
 
     Args:
-        gold, answer: both cleaned.
+        gold, answer: both cleaned and in plain notation (vimpo_verl.rewards.notation).
 
     Returns:
         EQUAL or DIFFERENT, or None where it takes algebra to say.
@@ -110,11 +115,25 @@ def compare_plainly(gold: str, answer: str) -> str | None:
     if gold_words and answer_words:
         # By letters, because algebra takes a word for a product of variables: east would equal seat.
         return EQUAL if gold_words == answer_words else DIFFERENT
-    return None
+    return DIFFERENT if _differ_in_kind(gold, answer) else None
 
 
 def _squeezed(answer: str) -> str:
-    return re.sub(r"\s+|\\left(?![a-z])|\\right(?![a-z])|\\[!,;:]", "", answer).replace(r"\dfrac", r"\frac")
+    answer = re.sub(r"\\left(?![a-z])|\\right(?![a-z])", "", _TEXT.sub(r" \1 ", answer))
+    return _FREE_SPACE.sub("", " ".join(answer.split())).replace(r"\dfrac", r"\frac")
+
+
+def _differ_in_kind(gold: str, answer: str) -> bool:
+    """Whether they differ in what math-verify does not look at: the base, the half of the day, a set or a pair."""
+    bases = [_COUNTED_IN.fullmatch(text) for text in (gold, answer)]
+    halves = [_HALF_OF_DAY.search(text) for text in (gold, answer)]
+    for matches in (bases, halves):
+        if all(matches) and matches[0].group(1).lower() != matches[1].group(1).lower():
+            return True
+    for one, other in ((gold, answer), (answer, gold)):
+        if _SET.fullmatch(one) and not _SET_BUILDER.search(one) and _PAIR.fullmatch(other):
+            return True
+    return False
 
 
 def _words(answer: str) -> str | None:

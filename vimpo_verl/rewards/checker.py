@@ -20,11 +20,14 @@ import re
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from vimpo_verl.rewards.answers import DIFFERENT, EQUAL, NOTHING_FOUND
 
 TIME_LIMIT, MEMORY_LIMIT = "time limit", "memory limit"
+_MOST_ZEROS = 400  # of a small number; beyond those of any quantity
+_DECIMAL = re.compile(r"\d+(?:\.\d+)?")
 _GRACE = 1  # seconds of processor time between the timer and the kernel's limit
 
 # Who may compile text: sympy's polynomials write functions for a number of variables, and modules that are imported on
@@ -77,25 +80,77 @@ def compare(gold: str, answer: str, boxed: bool) -> str:
     Returns:
         EQUAL, DIFFERENT or NOTHING_FOUND.
     """
-    from math_verify import verify
-
     found = _parse_boxed(answer) if boxed else _parse_text(answer)
     if not found:
         return NOTHING_FOUND
-    # allow_set_relation_comp: x < 2 and (-\infty, 2) are one answer, whichever of them the data set has.
-    for wanted in (gold, gold.replace(r"\%", "").replace("%", "")):  # 12.5\% and 12.5 are one answer
-        if verify(list(_parse_boxed(wanted)), list(found), timeout_seconds=None, allow_set_relation_comp=True):
-            return EQUAL
-        if "%" not in gold:
-            break
-    return DIFFERENT
+    readings = [(wanted, found) for wanted in _without_sign(gold, found, answer if boxed else None)]
+    if boxed and "%" in answer and "%" not in gold and _more_than_one(gold):
+        readings.append((gold, _parse_boxed(answer.replace(r"\%", ""))))
+    return EQUAL if any(_verify(_parse_boxed(wanted), found) for wanted, found in readings) else DIFFERENT
+
+
+def _without_sign(gold: str, found: tuple, box: str | None) -> list[str]:
+    r"""`gold`, and where the answer has no percent sign also `gold` without its own: 50\% is 50 or 0.5, but not 5000\%."""
+    from sympy import UnevaluatedExpr
+
+    # In text outside of a box math-verify leaves the hundredth of a percentage unevaluated.
+    signed = "%" in box if box is not None else any("%" in str(e) or _has(e, UnevaluatedExpr) for e in found)
+    return [gold] if signed or "%" not in gold else [gold, gold.replace(r"\%", "")]
+
+
+def _has(expression: Any, kind: type) -> bool:
+    return not isinstance(expression, str) and bool(expression.has(kind))
+
+
+def _more_than_one(gold: str) -> bool:
+    """Whether `gold` is a number that is no share of one: then an answer in percent may mean it, 12.5\\% for 12.5."""
+    return _DECIMAL.fullmatch(gold) is not None and float(gold) > 1
+
+
+def _verify(wanted: tuple, found: tuple) -> bool:
+    """math-verify's verdict, with as many decimals as a small `wanted` needs."""
+    from math_verify import verify
+
+    small = _leading_zeros(wanted)
+    return verify(
+        list(wanted),
+        list(found),
+        float_rounding=max(6, small + 4),
+        numeric_precision=max(15, small + 12),
+        timeout_seconds=None,
+        allow_set_relation_comp=True,  # x < 2 and (-\infty, 2) are one answer, whichever of them the data set has
+    )
+
+
+def _leading_zeros(wanted: tuple) -> int:
+    """Zeros behind the point of the smallest number in `wanted` but 0.
+
+    math-verify compares 6 decimals of a floating-point number and 15 of an expression. That takes 6.6e-34 for 1.6e-19.
+    """
+    import mpmath
+
+    zeros = [0]
+    pending = [expression for expression in wanted if not isinstance(expression, str)]
+    while pending:
+        expression = pending.pop()
+        if getattr(expression, "is_number", False):
+            with contextlib.suppress(Exception):  # what has no value in floating-point has no decimals either
+                size = abs(expression.evalf(5))
+                if size.is_Float and size != 0:
+                    zeros.append(int(-mpmath.floor(mpmath.log10(size._to_mpmath(53)))) - 1)
+        else:
+            pending.extend(expression.flat() if hasattr(expression, "flat") else expression.args)
+    return min(max(zeros), _MOST_ZEROS)
 
 
 @functools.lru_cache(maxsize=1024)
 def _parse_boxed(answer: str) -> tuple:
+    """What a box holds, as a whole: without try_extract_without_anchor=False, a fraction in what cannot be read would do."""
     from math_verify import LatexExtractionConfig, parse
 
-    return tuple(parse(rf"\boxed{{{answer}}}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None))
+    whole = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
+    hundredths = answer.replace(r"\%", r"\cdot\frac{1}{100}")
+    return tuple(parse(rf"\boxed{{{hundredths}}}", [whole], parsing_timeout=None))
 
 
 def _parse_text(text: str) -> tuple:
@@ -165,6 +220,34 @@ _OPERATIONS = {
 }
 
 
+# ---- numbers side by side --------------------------------------------------------------------------------------------
+
+
+def _side_by_side(convert: Callable, converter: Any, factors: list, first: int = 0) -> Any:
+    r"""latex2sympy's convert_postfix_list, which takes any two numbers for a mixed one: 1 2 for 3, and 2(3) for 5.
+
+    3\frac{1}{2} stays mixed; parentheses multiply; other numbers side by side have no meaning.
+
+    Raises:
+        ValueError: two such numbers.
+    """
+    import sympy
+
+    if first + 1 < len(factors):
+        left, right = factors[first].getText(), factors[first + 1].getText()
+        if _NUMERAL.fullmatch(left) and right.lstrip("{")[:1].isdigit():
+            raise ValueError("two numbers side by side")
+        if right.startswith(_PARENTHESES):
+            product = convert(converter, [factors[first]]), converter.convert_postfix_list(factors, first + 1)
+            if all(isinstance(factor, sympy.Number) for factor in product):
+                return sympy.Mul(*product, evaluate=False)
+    return convert(converter, factors, first)
+
+
+_NUMERAL = re.compile(r"\{?[\d.,]+\}?(?:\^\{?\\circ\}?)?")
+_PARENTHESES = ("(", r"\left(", "[", r"\left[")
+
+
 # ---- the process ---------------------------------------------------------------------------------------------------
 
 
@@ -172,12 +255,15 @@ def _prepare_math_verify() -> None:
     import math_verify.parser
     import sympy.parsing.sympy_parser
     from latex2sympy2_extended.antlr_parser import PSParser
+    from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     for module in (math_verify.parser, sympy.parsing.sympy_parser):
         if not hasattr(module, "parse_expr"):
             raise RuntimeError(f"{module.__name__} has no parse_expr to replace; vimpo_verl knows math-verify 0.9.0")
         module.parse_expr = arithmetic
+    convert = _Latex2Sympy.convert_postfix_list
+    _Latex2Sympy.convert_postfix_list = lambda self, factors, i=0: _side_by_side(convert, self, factors, i)
     # Without this, latex2sympy2_extended 1.11.0 reads no percentage with the antlr4 4.9.3 that Hydra, and so verl, asks
     # for: its grammar for that release lacks the token that it looks for just before percentages.
     if not hasattr(PSParser.AtomContext, "FUNC_GAMMA"):

@@ -14,7 +14,7 @@ import functools
 import importlib.util
 from typing import Any
 
-from vimpo_verl.rewards import answers
+from vimpo_verl.rewards import answers, notation
 from vimpo_verl.rewards.answers import EQUAL, NOTHING_FOUND
 from vimpo_verl.rewards.pool import Limits, pool_for
 
@@ -56,11 +56,16 @@ def compute_score(
     """
     gold = _gold(ground_truth, data_source, extra_info)
     box = answers.last_box(solution_str)
-    answer = answers.clean(box) if box is not None else answers.tail(solution_str)
+    answer = _plain(box) if box is not None else answers.tail(solution_str)
     verdict = _compare(gold, answer, box is not None, Limits(processes, cpu_seconds, memory_mib))
     score = 1.0 if verdict == EQUAL else 0.0
     pred = answer[: answers.MAX_ANSWER] if box is not None else ""
     return {"score": score, "acc": score, "reason": verdict, "pred": pred}
+
+
+def _plain(box: str) -> str:
+    answer = answers.clean(box)
+    return notation.plain(answer) if len(answer) <= answers.MAX_ANSWER else answer
 
 
 @functools.lru_cache(maxsize=4096)  # the responses to a prompt give few different answers
@@ -72,13 +77,15 @@ def _compare(gold: str, answer: str, boxed: bool, limits: Limits) -> str:
     plain = answers.compare_plainly(gold, answer)
     if plain is not None and (boxed or plain == EQUAL):
         return plain
+    if boxed:
+        gold, answer = notation.with_variables(gold, answer)
     return pool_for(limits).compare(gold, answer, boxed)
 
 
 def _gold(ground_truth: Any, data_source: str, extra_info: dict | None) -> str:
     text = str(ground_truth)
     box = answers.last_box(text) if len(text) <= _MAX_GOLD else None
-    gold = answers.clean(text if box is None else box)
+    gold = notation.plain(answers.clean(text if box is None else box)[:_MAX_GOLD])
     if ground_truth is None or not gold or len(text) > _MAX_GOLD:
         raise ValueError(
             f"the ground truth of a sample of {data_source!r} (index {(extra_info or {}).get('index')}) is "
