@@ -1,23 +1,27 @@
-r"""Claims about vimpo_verl/rewards: answers that are right are found right in whatever notation, wrong ones are not; it agrees
-with math-verify on its own ground; any answer whatever is dealt with in bounded time and memory, from any thread; no answer
-is run as code; a checker that dies is replaced; verl loads and calls it.
+r"""Claims about vimpo_verl/rewards: answers that are right are found right in whatever notation, wrong ones are not, however much
+they look like them; separators, spaces and percent signs never make another number of a number; it agrees with math-verify on
+its own ground; any answer whatever is dealt with in bounded time and memory, from any thread; no answer is run as code; a checker
+that dies is replaced, and its answer asked again; verl loads and calls it.
 
-The cases are ours. Agreement with math-verify's own test cases is measured outside of the repository (docs/recipes.md).
+The cases are ours (the longer list is math_answers.py). Agreement with math-verify's own test cases is measured outside of the repository (docs/recipes.md).
 Not covered: how fast it is (benchmarks/reward_throughput.py), and systems that are not Linux.
 """
 
 import asyncio
 import os
 import re
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vimpo_verl.rewards import answers
+from math_answers import ANSWERS, INHERITED
+from vimpo_verl.rewards import answers, notation
 from vimpo_verl.rewards.checker import MEMORY_LIMIT, TIME_LIMIT
 from vimpo_verl.rewards.math import compute_score
 from vimpo_verl.rewards.pool import DIED, CheckerPool, Limits, pool_for
@@ -128,6 +132,85 @@ def test_right(gold, response):
 @pytest.mark.parametrize(("gold", "response"), WRONG)
 def test_wrong(gold, response):
     assert score(gold, response) == 0.0
+
+
+@pytest.mark.parametrize("kind", [*ANSWERS, *INHERITED])
+def test_answers_of_a_kind(kind):
+    cases = {**ANSWERS, **INHERITED}[kind]
+    misjudged = [case for case in cases if (score(case[0], rf"\boxed{{{case[1]}}}") == 1.0) != case[2]]
+    assert misjudged == []
+
+
+def test_the_list_has_right_and_wrong_answers_of_every_kind():
+    assert sum(map(len, ANSWERS.values())) >= 150
+    assert all({right for *_, right in cases} == {True, False} for cases in ANSWERS.values())
+
+
+# Without a box, too, a percent sign is a factor of 100 only where the answer has none, and spaces join nothing.
+UNBOXED = [
+    (r"50\%", "The answer is 5000%.", 0.0),
+    (r"50\%", r"The answer is $5000\%$.", 0.0),
+    (r"50\%", "The answer is 50%.", 1.0),
+    (r"50\%", "Of 20% of it, the answer is 50.", 1.0),
+    ("3", "The answer is $1 2$.", 0.0),
+    ("12", "The answer is 1 2.", 0.0),
+]
+
+
+@pytest.mark.parametrize(("gold", "response", "expected"), UNBOXED)
+def test_numbers_without_a_box(gold, response, expected):
+    assert score(gold, response) == expected
+
+
+# ---- no number becomes another one ---------------------------------------------------------------------------------
+
+numbers = st.integers(0, 10**9)
+near = st.sampled_from([0, 0, 0, 1, -1, 1000, 10**6])  # what the right number is away from the answer
+
+
+def grouped(number: int, separator: str) -> str:
+    return f"{number:,}".replace(",", separator)
+
+
+@given(numbers, near, st.sampled_from([",", r"\,", r"\ ", "{,}", " ", "~", "\u202f", r",\!"]))
+@settings(max_examples=200, deadline=None)
+def test_separators_of_thousands_keep_the_number(number, distance, separator):
+    assert score(str(number + distance), rf"\boxed{{{grouped(number, separator)}}}") == float(distance == 0)
+
+
+@given(st.text("0123456789", min_size=2, max_size=8), st.data(), st.sampled_from([" ", r"\,", "~", r"\quad ", "\u200b"]))
+@settings(max_examples=200, deadline=None)
+def test_spaces_join_no_numbers(digits, data, space):
+    cut = data.draw(st.integers(1, len(digits) - 1))
+    left, right = digits[:cut], digits[cut:]
+    thousands = len(right) == 3 and len(left) <= 3 and left[0] != "0"
+    response = rf"\boxed{{{left}{space}{right}}}"
+    assert score(str(int(digits)), response) == float(thousands)
+    assert score(str(int(left) + int(right)), response) == float(thousands and int(digits) == int(left) + int(right))
+
+
+@given(st.integers(1, 10**5), st.sampled_from([1, 1, 100, 10_000, Fraction(1, 100)]), st.sampled_from("\\% % ％ percent".split()))
+@settings(max_examples=150, deadline=None)
+def test_percent_signs_on_both_sides_leave_no_factor(hundredths, factor, sign):
+    wanted, found = (f"{float(Fraction(hundredths, 100) * times):.4f}" for times in (1, factor))
+    assert score(rf"{wanted}\%", rf"\boxed{{{found} {sign}}}") == float(factor == 1)
+
+
+@given(st.integers(10, 9999), st.integers(-30, 30), near)
+@settings(max_examples=100, deadline=None)
+def test_scientific_notation_is_the_exact_number(mantissa, exponent, distance):
+    wanted = Fraction(mantissa, 10) * Fraction(10) ** exponent
+    found = f"{(mantissa + distance) / 10}e{exponent:+d}"
+    assert score(rf"\frac{{{wanted.numerator}}}{{{wanted.denominator}}}", rf"\boxed{{{found}}}") == float(distance == 0)
+
+
+@given(st.integers(0, 99), st.text("0123456789", max_size=4), st.text("0123456789", min_size=1, max_size=4))
+def test_repeating_decimals_are_exact(whole, fixed, cycle):
+    """The limit of the decimals, from 60 of them; the formula has no limit in it."""
+    match = re.fullmatch(r"\\frac\{(\d+)\}\{(\d+)\}", notation.plain(rf"{whole}.{fixed}\overline{{{cycle}}}"))
+    decimals = fixed + cycle * 60
+    shortened = whole + Fraction(int(decimals), 10 ** len(decimals))
+    assert abs(Fraction(int(match.group(1)), int(match.group(2))) - shortened) <= Fraction(1, 10 ** len(decimals))
 
 
 # Where math-verify decides otherwise: a thin space in a number, a full stop in the box, a word of the same letters.
@@ -262,6 +345,30 @@ def test_dead_checker_is_replaced():
     pool.close()
 
 
+def test_checker_killed_from_outside_is_asked_again():
+    """Killed in the middle of a request, as the kernel does when the node has no memory left."""
+    pool = CheckerPool(Limits(processes=1))
+    assert pool.compare("1/2", "0.5", True) == "equal"
+    process = pool._free.queue[0].process
+    process.send_signal(signal.SIGSTOP)  # so that it has the request and no answer yet
+    with ThreadPoolExecutor(1) as thread:
+        verdict = thread.submit(pool.compare, "1/3", r"\frac{2}{6}", True)
+        time.sleep(0.5)
+        assert not verdict.done()
+        process.kill()
+        assert verdict.result(timeout=120) == "equal"
+    pool.close()
+
+
+def test_answer_that_fells_every_checker_is_wrong_after_two(monkeypatch):
+    from vimpo_verl.rewards import pool
+
+    asked = []
+    monkeypatch.setattr(pool._Checker, "ask", lambda self, request, seconds: asked.append(request) or self.kill() or DIED)
+    checkers = CheckerPool(Limits(processes=1))
+    assert checkers.compare("5", "5.0", True) == DIED and len(asked) == 2
+
+
 def test_many_threads_share_few_checkers():
     cases = [(f"\\frac{{{n}}}{{7}}", f"\\boxed{{\\frac{{{2 * n + n % 2}}}{{14}}}}", 1.0 - n % 2) for n in range(60)]
     with ThreadPoolExecutor(16) as threads:
@@ -353,7 +460,7 @@ def _until(rest):
 @settings(max_examples=300)
 def test_extraction_never_fails(text, gold):
     answers.last_box(text)
-    answers.compare_plainly(answers.clean(gold), answers.clean(text))
+    answers.compare_plainly(notation.plain(answers.clean(gold)), notation.plain(answers.clean(text)))
     answers.tail(text)
 
 

@@ -37,7 +37,9 @@ _NEGATIVE_SPACE = re.compile(r"\\!\s*")
 _PERCENT = re.compile(rf"\s*(?:{_TEXT}\{{\s*per ?cent\s*\}}|(?<![A-Za-z])(?:per ?cent|pct)(?![A-Za-z])|\\?%)")
 _THOUSANDS = re.compile(r"(?<![\w.,}^\\])(?<![\d.] )([1-9]\d{0,2})((?: \d{3})+|(?:\{,\}\d{3})+)(?!\d|[ ,]\d|\{,\}\d)")
 _MIXED = re.compile(r"(?<![\w.,/^}\\])(?<![\d/] )(\d+) (\d+)/(\d+)(?!\w|[.,]\d|[/^])")
-_SCIENTIFIC = re.compile(r"(?<![\w.])(\d+\.\d+|1)[eE]([+-]?\d+)(?![\w.])")
+_SCIENTIFIC = re.compile(
+    r"(?<![\w.,])(?:(\d+\.\d+|1)[eE]([+-]?\d{1,3})|(?<![/^}])(\d+(?:\.\d+)?) ?\\(?:times|cdot) ?10\^(?:\{(-?\d{1,3})\}|(\d)))(?![\w.!^])"
+)
 _DOTS = re.compile(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?")
 _REPEATING = re.compile(r"(?<![\d.,])(?<!\d )(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))(?!\d)")
 _SCALE = re.compile(rf"(?<=[\d}}])\s*({_TEXT}\{{\s*)?({'|'.join(_SCALES)})(?![A-Za-z])")
@@ -165,7 +167,7 @@ def _numbers(answer: str) -> str:
     """Numbers with separators, mixed, scientific, repeating, with a word that multiplies or with a unit of money."""
     answer = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match.group()), answer)
     answer = _MIXED.sub(_mixed, answer)
-    answer = _SCIENTIFIC.sub(r"\1\\cdot10^{\2}", answer)
+    answer = _SCIENTIFIC.sub(_power_of_ten, answer)
     answer = _REPEATING.sub(_fraction, _DOTS.sub(r"\\overline{\1\2\3}", answer))
     answer = _SCALE.sub(lambda match: rf"\cdot10^{{{_SCALES[match.group(2)]}}}{match.group(1) or ''}", answer)
     return _MONEY_NAME.sub("", answer)
@@ -174,6 +176,14 @@ def _numbers(answer: str) -> str:
 def _mixed(match: re.Match) -> str:
     whole, over, under = match.groups()
     return rf"{whole}\frac{{{over}}}{{{under}}}" if int(over) < int(under) else match.group()
+
+
+def _power_of_ten(match: re.Match) -> str:
+    """Exact, because sympy takes 1.1 for a binary number, and that times a power of ten is no fraction of whole numbers."""
+    mantissa = match.group(1) or match.group(3)
+    exponent = int(match.group(2) or match.group(4) or match.group(5)) - len(mantissa.partition(".")[2])
+    digits = mantissa.replace(".", "")
+    return digits + "0" * exponent if exponent >= 0 else rf"\frac{{{digits}}}{{1{'0' * -exponent}}}"
 
 
 def _fraction(match: re.Match) -> str:

@@ -54,11 +54,18 @@ class CheckerPool:
     def compare(self, gold: str, answer: str, boxed: bool) -> str:
         """A verdict of vimpo_verl.rewards.checker, or DIED.
 
+        A checker that is killed from outside, for want of memory on the node or by hand, says nothing about the answer: a
+        fresh one is asked again. An answer that fells that one, too, is not the right one.
+
         Args: as for vimpo_verl.rewards.checker.compare.
 
         Raises:
             RuntimeError: no checker can be started.
         """
+        verdict = self._ask(gold, answer, boxed)
+        return self._ask(gold, answer, boxed) if verdict == DIED else verdict
+
+    def _ask(self, gold: str, answer: str, boxed: bool) -> str:
         checker = self._free.get()
         try:
             if checker is None or not checker.is_alive():
