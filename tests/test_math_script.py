@@ -2,7 +2,7 @@
 
 Claimed: for every preset the two algorithms differ in keys under `algorithm.` only and hold the paper's recipe; verl
 and vimpo_verl accept them, or refuse with what verl_patches.recipe_checks says; variables and trailing overrides
-win; nothing starts in a dry run; a resumed run keeps the metrics of the earlier one. Not claimed: that a preset's
+win; settings that cannot be are refused by name, all at once, in a dry run and before a run; nothing starts in a dry run; a resumed run keeps the metrics of the earlier one. Not claimed: that a preset's
 memory settings fit a GPU.
 """
 
@@ -178,6 +178,65 @@ def test_wrong_settings_are_refused_before_anything_starts(python_stub, settings
     assert done.returncode == 2 and arguments == []
     assert message in done.stderr
     assert not (python_stub.parent / "out").exists()
+
+
+IMPOSSIBLE = [
+    ("LR", "abc", "LR must be a number above 0, not 'abc'"),
+    ("LR", "0.0e-5", "LR must be a number above 0, not '0.0e-5'"),
+    ("LR", "-1e-6", "LR must be a number above 0, not '-1e-6'"),
+    ("SEED", "one", "SEED must be a whole number, not 'one'"),
+    ("SEED", "-1", "SEED must be a whole number, not '-1'"),
+    ("STEPS", "0", "STEPS must be a whole number above 0, or null, not '0'"),
+    ("STEPS", "1e3", "STEPS must be a whole number above 0, or null, not '1e3'"),
+    ("KEEP", "0", "KEEP must be a whole number above 0, or null, not '0'"),
+    ("TEST_FREQ", "0", "TEST_FREQ must be a whole number above 0, or -1 for never, not '0'"),
+    ("SAVE_FREQ", "often", "SAVE_FREQ must be a whole number above 0, or -1 for never, not 'often'"),
+    ("LORA_RANK", "x", "LORA_RANK must be a whole number, not 'x'"),
+    ("GPU_MEMORY", "0", "GPU_MEMORY must be a number above 0, not '0'"),
+    ("GPU_MEMORY", "1.5", "GPU_MEMORY must be at most 1, not '1.5'"),
+    ("REWARD_NOISE", "20%", "REWARD_NOISE must be a probability, not '20%'"),
+    ("REWARD_NOISE", "20", "REWARD_NOISE must be at most 1, not '20'"),
+    ("OFFLOAD", "yes", "OFFLOAD must be True or False, not 'yes'"),
+    ("DRY_RUN", "true", "DRY_RUN must be 0 or 1, not 'true'"),
+    ("PROMPTS", "97", "PROMPTS * RESPONSES = 194 must be a multiple of the GPUs, NNODES * GPUS = 8"),
+    ("ROLLOUT_TP", "3", "ROLLOUT_TP=3 must divide the GPUs, NNODES * GPUS = 8"),
+    *(
+        (name, value, f"{name} must be a whole number above 0, not '{value}'")
+        for name in "PROMPTS RESPONSES PROMPT_LENGTH RESPONSE_LENGTH EPOCHS VAL_RESPONSES NNODES GPUS MAX_TOKENS".split()
+        for value in ("0", "many")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), IMPOSSIBLE)
+def test_impossible_setting_is_refused_by_name_in_a_dry_run(python_stub, name, value, message):
+    settings = {"DRY_RUN": "1", "RESPONSES": "2", name: value}
+    done, arguments = run(python_stub, check=False, **settings)
+    assert (done.returncode, arguments, done.stdout) == (2, [], "")
+    assert done.stderr.splitlines() == [f"run_math.sh: {message}"]
+
+
+def test_adapters_without_a_rank_are_refused(python_stub):
+    done, _ = run(python_stub, check=False, DRY_RUN="1", PRESET="lora", LORA_RANK="0")
+    assert done.returncode == 2 and "LORA_RANK must be above 0 with PRESET=lora" in done.stderr
+
+
+@pytest.mark.parametrize("dry_run", ("0", "1"))
+def test_all_that_is_wrong_is_named_at_once(python_stub, dry_run):
+    wrong = {"ALGO": "ppo", "PRESET": "16gpu", "LR": "x", "GPUS": "0", "STEPS": "-3", "MAX_TOKENS": "100"}
+    done, arguments = run(python_stub, check=False, DRY_RUN=dry_run, OUT="out", DATA="data", **wrong)
+    assert done.returncode == 2 and arguments == [] and not (python_stub.parent / "out").exists()
+    assert all(f"{name} must be" in done.stderr for name in wrong if name != "MAX_TOKENS")
+    assert "MAX_TOKENS=100 cannot hold one sequence" in done.stderr
+    assert done.stderr.count("make it with examples/math/prepare_data.py") == (5 if dry_run == "0" else 0)
+
+
+@pytest.mark.parametrize("settings", [{"LR": ".5"}, {"LR": "1E-5"}, {"LR": "3."}, {"STEPS": "7"}, {"SEED": "0"}, {"TEST_FREQ": "-1"}])
+def test_possible_settings_are_taken_as_they_are(python_stub, settings):
+    keys = {"LR": "actor_rollout_ref.actor.optim.lr", "STEPS": "trainer.total_training_steps"}
+    keys |= {"SEED": "data.seed", "TEST_FREQ": "trainer.test_freq"}
+    (name, value), config = next(iter(settings.items())), flat(config_of(python_stub, **settings))
+    assert config[keys[name]] == float(value) and isinstance(config[keys[name]], float if name == "LR" else int)
 
 
 def test_resumed_run_keeps_the_metrics_of_the_earlier_ones(python_stub):

@@ -193,6 +193,17 @@ def with_answer(answer):
     return change
 
 
+def with_value(column, value):
+    """The second row with another value in a column."""
+
+    def change(rows):
+        if len(rows) > 1:  # a set's other files may have one row
+            rows[1][column] = value
+        return rows
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -202,9 +213,19 @@ def with_answer(answer):
             r"math500: no column answer in HuggingFaceH4/MATH-500 .* it has problem, solution",
         ),
         ("guru_math", without("reward_model"), r"guru_math: no column reward_model"),
-        ("math500", with_answer("  "), r"math500: 1 rows have no question or no answer: rows 1 .*--drop-bad-rows"),
-        ("math500", with_answer(None), r"math500: 1 rows have no question or no answer"),
-        ("gsm8k_train", with_answer("seven, without the marker"), r"gsm8k_train: 1 rows have no question or no answer"),
+        ("math500", with_answer("  "), r"math500: 1 rows have no answer: rows 1 of the source.*--drop-bad-rows"),
+        ("math500", with_answer(None), r"math500: 1 rows have no answer: rows 1"),
+        ("math500", with_answer("$$"), r"math500: 1 rows have no answer: rows 1"),
+        ("math500", with_answer(r"\boxed{ }"), r"math500: 1 rows have no answer: rows 1"),
+        ("gsm8k_train", with_answer("seven, without the marker"), r"gsm8k_train: 1 rows have no answer"),
+        ("gsm8k_train", with_answer("The marker, and then #### $$"), r"gsm8k_train: 1 rows have no answer: rows 1"),
+        ("math500", with_value("problem", ""), r"math500: 1 rows have no question: rows 1 .*--drop-bad-rows"),
+        ("guru_math", with_value("prompt", None), r"guru_math: 1 rows have no question: rows 1 .*--drop-bad-rows"),
+        ("guru_math", with_value("prompt", []), r"guru_math: 1 rows have no question: rows 1"),
+        ("guru_math", with_value("prompt", [{"role": "user", "content": None}]), r"guru_math: 1 rows have no question: rows 1"),
+        ("guru_math", with_value("reward_model", None), r"guru_math: 1 rows have no answer: rows 1"),
+        ("dapo_math", with_value("prompt", None), r"dapo_math: 1 rows have no question: rows 1 .*--drop-bad-rows"),
+        ("dapo_math", with_value("prompt", []), r"dapo_math: 1 rows have no question: rows 1"),
         ("math500", with_answer("1" * 1001), r"math500: 1 rows have an answer of more than 1000 characters: rows 1"),
     ],
 )
@@ -216,6 +237,40 @@ def test_clear_errors(tmp_path, name, change, message):
     with pytest.raises(DataError, match=message):
         prepare_data.prepare([name], tmp_path / "out", source)
     assert not (tmp_path / "out" / f"{name}.parquet").exists()
+
+
+def test_every_kind_of_bad_row_is_named_at_once(tmp_path):
+    def spoiled(rows):
+        rows[0]["answer"], rows[1]["problem"] = "$$", ""
+        return rows
+
+    with pytest.raises(DataError, match=r"1 rows have no question: rows 1 .*; 1 rows have no answer: rows 0 "):
+        prepare_data.prepare(["math500"], tmp_path / "out", lay_out(tmp_path / "source", "math500", spoiled))
+
+
+def test_row_of_another_layout_is_named(tmp_path):
+    def as_text(rows):
+        return [{**row, "prompt": "What is 1+1?"} for row in rows]
+
+    with pytest.raises(DataError, match=r"guru_math: row 0 of the source, .*TypeError.*What is 1\+1\?.* another data set"):
+        prepare_data.prepare(["guru_math"], tmp_path / "out", lay_out(tmp_path / "source", "guru_math", as_text))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"math500": 3}', '{"math500": {"rows": 2}}', "\x00", '{"math500": {"recipe'],
+    ids=str,
+)
+def test_corrupt_manifest_is_named_with_what_to_do(tmp_path, capsys, text):
+    source, out = lay_out(tmp_path / "source", "math500"), tmp_path / "out"
+    arguments = ["--from", str(source), "--out", str(out), "--sets", "math500"]
+    assert prepare_data.main(arguments) == 0
+    (out / "manifest.json").write_text(text)
+    capsys.readouterr()
+    assert prepare_data.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert f"{out / 'manifest.json'} cannot be read" in error and "delete it" in error and "Traceback" not in error
+    (out / "manifest.json").unlink()
+    assert prepare_data.main(arguments) == 0
 
 
 def test_bad_rows_are_left_out_on_request(tmp_path):

@@ -19,8 +19,8 @@ class Example:
     """What a row of a source holds.
 
     Attributes:
-        messages: the chat before the answer: dicts with role and content.
-        answer: the right answer.
+        messages: the chat before the answer: dicts with role and content; none where the source has none.
+        answer: the right answer, or "".
         name: the source's own name of the row, or "".
     """
 
@@ -64,7 +64,7 @@ def _text(value: Any) -> str:
 
 def _guru(row: dict) -> Example:
     """In verl's columns already; the chat ends with an instruction to box the answer."""
-    messages = [{"role": message["role"], "content": message["content"]} for message in row["prompt"]]
+    messages = [{"role": message["role"], "content": _text(message["content"])} for message in row["prompt"] or []]
     return Example(messages, _text((row["reward_model"] or {}).get("ground_truth")), _text(row["data_source"]))
 
 
@@ -75,7 +75,8 @@ _DAPO_AFTER = re.compile(r"\n+Remember to put your answer on its own line[^\n]*\
 
 
 def _dapo(row: dict) -> Example:
-    question = _DAPO_AFTER.sub("", _DAPO_BEFORE.sub("", _text(row["prompt"][-1]["content"])))
+    prompt = _text(row["prompt"][-1]["content"]) if row["prompt"] else ""
+    question = _DAPO_AFTER.sub("", _DAPO_BEFORE.sub("", prompt)).strip()
     reward_model, extra_info = row["reward_model"] or {}, row["extra_info"] or {}
     return _question(question, reward_model.get("ground_truth"), extra_info.get("index"))
 

@@ -17,6 +17,7 @@ holds a question several times for that.
 import argparse
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from math_sources import SOURCES, DataError, Example, Source
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 MAX_ANSWER = 1_000  # characters: vimpo_verl/rewards takes no longer answer from a response
 _FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+_AROUND_ANSWER = re.compile(r"\\boxed|\\[()\[\]]|[\s${}.]")  # where an answer is nothing but these, the reward refuses it
 _FORMAT_VERSION = 1  # of what is written; raise it to have everything written anew
 
 
@@ -37,8 +39,13 @@ class Written:
 
     rows: list[dict] = field(default_factory=list)
     duplicates: int = 0
+    without_question: list[int] = field(default_factory=list)
     without_answer: list[int] = field(default_factory=list)
     too_long: list[int] = field(default_factory=list)
+
+    @property
+    def bad(self) -> int:
+        return len(self.without_question) + len(self.without_answer) + len(self.too_long)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--from", dest="source", type=Path, metavar="FOLDER", help="read FOLDER/<set>/ instead of the hub"
     )
     parser.add_argument("--limit", type=int, help="the first LIMIT rows of each set, for a try")
-    parser.add_argument("--drop-bad-rows", action="store_true", help="leave out rows without a usable answer")
+    parser.add_argument("--drop-bad-rows", action="store_true", help="leave out rows without a question or a usable answer")
     parser.add_argument("--force", action="store_true", help="write also what is already there")
     return parser
 
@@ -83,7 +90,7 @@ def prepare(
         out: folder to write to.
         folder: where the sources' files are, or None for the hub.
         limit: the first rows of each set only.
-        drop_bad_rows: leave out rows without a usable answer instead of stopping.
+        drop_bad_rows: leave out rows without a question or a usable answer instead of stopping.
         force: write also what is already there.
 
     Returns:
@@ -97,7 +104,7 @@ def prepare(
         raise DataError(f"there is no set {', '.join(unknown)}; the sets are {', '.join(SOURCES)}")
     out.mkdir(parents=True, exist_ok=True)
     manifest_path = out / "manifest.json"
-    manifest = json.loads(manifest_path.read_text()) if manifest_path.exists() else {}
+    manifest = _read_manifest(manifest_path)
     for name in names:
         source, target = SOURCES[name], out / f"{name}.parquet"
         files = _local_files(name, source, folder) if folder else {}
@@ -119,19 +126,21 @@ def convert(
     """The rows of a source in verl's columns.
 
     Raises:
-        DataError: the source has no rows, or rows without a usable answer and drop_bad_rows is False.
+        DataError: the source has no rows, or rows without a question or a usable answer and drop_bad_rows is False.
     """
     written, seen = Written(), set()
     for index, row in enumerate(_with_progress(rows, name)):
         if limit is not None and len(written.rows) >= limit:
             break
-        example = source.read(row)
+        example = _read(name, source, row, index)
         question = example.messages[-1]["content"] if example.messages else ""
-        if source.unique and question in seen:
+        if question and source.unique and question in seen:
             written.duplicates += 1
             continue
         seen.add(question)
-        if not example.answer or not question:
+        if not question:
+            written.without_question.append(index)
+        elif not _AROUND_ANSWER.sub("", example.answer):
             written.without_answer.append(index)
         elif len(example.answer) > MAX_ANSWER:
             written.too_long.append(index)
@@ -139,6 +148,16 @@ def convert(
             written.rows.append(_row(name, source, example, index))
     _refuse_bad_rows(name, written, drop_bad_rows)
     return written
+
+
+def _read(name: str, source: Source, row: dict, index: int) -> Example:
+    try:
+        return source.read(row)
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        raise DataError(
+            f"{name}: row {index} of the source, counted from 0, is not laid out as those of {source.hub} "
+            f"({type(error).__name__}: {error}): {str(row)[:200]}. Is it another data set, or has its layout changed?"
+        ) from error
 
 
 def _row(name: str, source: Source, example: Example, index: int) -> dict[str, Any]:
@@ -156,17 +175,22 @@ def _row(name: str, source: Source, example: Example, index: int) -> dict[str, A
 
 
 def _refuse_bad_rows(name: str, written: Written, drop_bad_rows: bool) -> None:
-    for rows, what in (
-        (written.without_answer, "no question or no answer"),
+    kinds = (
+        (written.without_question, "no question"),
+        (written.without_answer, "no answer"),
         (written.too_long, f"an answer of more than {MAX_ANSWER} characters"),
-    ):
-        if rows and not drop_bad_rows:
-            raise DataError(
-                f"{name}: {len(rows)} rows have {what}: rows {', '.join(map(str, rows[:10]))} of the source, counted from 0. "
-                "Look at them, and leave them out with --drop-bad-rows"
-            )
+    )
+    bad = [
+        f"{len(rows)} rows have {what}: {_first_of(rows)} of the source, counted from 0" for rows, what in kinds if rows
+    ]
+    if bad and not drop_bad_rows:
+        raise DataError(f"{name}: {'; '.join(bad)}. Look at them, and leave them out with --drop-bad-rows")
     if not written.rows:
         raise DataError(f"{name}: the source has no rows that can be used")
+
+
+def _first_of(rows: list[int]) -> str:
+    return f"rows {', '.join(map(str, rows[:10]))}{' ...' if len(rows) > 10 else ''}"
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -277,6 +301,22 @@ def _recipe(source: Source, files: dict[str, list[Path]], limit: int | None, dro
     }
 
 
+def _read_manifest(path: Path) -> dict[str, dict]:
+    """What earlier runs wrote. Raises DataError where it is not what this script writes."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        for entry in manifest.values():
+            entry["recipe"], entry["sha256"], entry["rows"]  # what _is_there looks at
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{path} cannot be read: {type(error).__name__}: {error}. It only says which sets need not be made again: delete it, "
+            "and they are"
+        ) from error
+    return manifest
+
+
 def _is_there(entry: dict | None, recipe: dict[str, Any], target: Path) -> bool:
     return bool(entry) and entry["recipe"] == recipe and target.exists() and _sha256(target) == entry["sha256"]
 
@@ -288,6 +328,7 @@ def _entry(written: Written, recipe: dict[str, Any], target: Path) -> dict[str, 
         "sha256": _sha256(target),
         "left_out": {
             "duplicates": written.duplicates,
+            "without_question": len(written.without_question),
             "without_answer": len(written.without_answer),
             "too_long": len(written.too_long),
         },
@@ -297,8 +338,7 @@ def _entry(written: Written, recipe: dict[str, Any], target: Path) -> dict[str, 
 
 def _remarks(source: Source, written: Written, limit: int | None) -> str:
     remarks = [f"{written.duplicates} duplicates left out"] if written.duplicates else []
-    bad = len(written.without_answer) + len(written.too_long)
-    remarks += [f"{bad} rows without a usable answer left out"] if bad else []
+    remarks += [f"{written.bad} rows without a question or a usable answer left out"] if written.bad else []
     least, most = source.rows
     if limit is None and not least <= len(written.rows) <= most:
         expected = str(least) if least == most else f"{least} to {most}"

@@ -38,8 +38,6 @@ KEEP=${KEEP:-3}                         # checkpoints to keep
 LOGGER=${LOGGER:-'[console,file,tensorboard]'}
 ########################################################################################
 
-fail() { echo "run_math.sh: $*" >&2; exit 2; }
-
 # ------------------------------------------------------------------ presets: model and machine
 default() { [[ -n ${!1:-} ]] || printf -v "$1" '%s' "$2"; }
 case $PRESET in
@@ -56,7 +54,8 @@ case $PRESET in
         default MODEL Qwen/Qwen3-4B-Base
         default NNODES 1; default GPUS 1; default MAX_TOKENS 8192
         default LORA_RANK 32; default LR 1e-5 ;;
-    *) fail "PRESET must be 1gpu, 8gpu, multinode or lora, not '$PRESET'" ;;
+    *)                                  # refused below, with whatever else is wrong
+        default MODEL none; default NNODES 1; default GPUS 1; default MAX_TOKENS 999999999 ;;
 esac
 default LR 1e-6
 default LORA_RANK 0
@@ -67,13 +66,61 @@ noise=$([[ $REWARD_NOISE == 0 ]] || echo "-noise$REWARD_NOISE")
 default NAME "$ALGO-$(basename "$MODEL")-$PRESET$noise-seed$SEED"
 default OUT "$ROOT/outputs/math/$NAME"  # checkpoints, metrics, TensorBoard; a second start with it resumes
 
-case $ALGO in
-    vimpo) ALGORITHM=(algorithm.adv_estimator=vimpo +algorithm.vimpo.actor_coeff=5e-3 +algorithm.vimpo.actor_trust=false) ;;
-    grpo) ALGORITHM=(algorithm.adv_estimator=grpo) ;;
-    *) fail "ALGO must be vimpo or grpo, not '$ALGO'" ;;
-esac
-((PROMPT_LENGTH + RESPONSE_LENGTH <= MAX_TOKENS)) ||
-    fail "MAX_TOKENS=$MAX_TOKENS cannot hold one sequence of PROMPT_LENGTH + RESPONSE_LENGTH = $((PROMPT_LENGTH + RESPONSE_LENGTH)) tokens"
+# Absolute, because Ray starts verl's processes in other folders and on other nodes.
+[[ $DATA == /* ]] || DATA=$PWD/$DATA
+[[ $OUT == /* ]] || OUT=$PWD/$OUT
+
+# ------------------------------------------------------------------ are the settings possible: all that is wrong, at once
+WHOLE='[1-9][0-9]{0,8}'
+NUMBER='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?'
+NOT_ZERO='^[0.]*[1-9]'
+PROBLEMS=()
+is() { [[ ${!1} =~ ^($2)$ ]]; }
+want() { is "$1" "$2" || PROBLEMS+=("$1 must be $3, not '${!1}'"); }  # variable, pattern, the pattern in words
+want_above_zero() {
+    if ! is "$1" "$NUMBER" || [[ ! ${!1} =~ $NOT_ZERO ]]; then PROBLEMS+=("$1 must be a number above 0, not '${!1}'"); fi
+}
+want_at_most_one() {
+    [[ ! ${!1} =~ ^$NUMBER$ ]] || awk "BEGIN { exit !(${!1} <= 1) }" || PROBLEMS+=("$1 must be at most 1, not '${!1}'")
+}
+are_whole() { local setting; for setting in "$@"; do is "$setting" "$WHOLE" || return 1; done; }
+
+want ALGO 'vimpo|grpo' "vimpo or grpo"
+want PRESET '1gpu|8gpu|multinode|lora' "1gpu, 8gpu, multinode or lora"
+want DRY_RUN '0|1' "0 or 1"
+want OFFLOAD 'True|False' "True or False"
+for setting in PROMPTS RESPONSES PROMPT_LENGTH RESPONSE_LENGTH EPOCHS VAL_RESPONSES NNODES GPUS MAX_TOKENS ROLLOUT_TP; do
+    want "$setting" "$WHOLE" "a whole number above 0"
+done
+for setting in STEPS KEEP; do want "$setting" "$WHOLE|null" "a whole number above 0, or null"; done
+for setting in TEST_FREQ SAVE_FREQ; do want "$setting" "$WHOLE|-1" "a whole number above 0, or -1 for never"; done
+for setting in SEED LORA_RANK; do want "$setting" "0|$WHOLE" "a whole number"; done
+for setting in LR GPU_MEMORY; do want_above_zero "$setting"; done
+want REWARD_NOISE "$NUMBER" "a probability"
+for setting in GPU_MEMORY REWARD_NOISE; do want_at_most_one "$setting"; done
+
+if are_whole PROMPT_LENGTH RESPONSE_LENGTH MAX_TOKENS && ((PROMPT_LENGTH + RESPONSE_LENGTH > MAX_TOKENS)); then
+    PROBLEMS+=("MAX_TOKENS=$MAX_TOKENS cannot hold one sequence of PROMPT_LENGTH + RESPONSE_LENGTH = $((PROMPT_LENGTH + RESPONSE_LENGTH)) tokens")
+fi
+if are_whole PROMPTS RESPONSES NNODES GPUS && ((PROMPTS * RESPONSES % (NNODES * GPUS))); then
+    PROBLEMS+=("PROMPTS * RESPONSES = $((PROMPTS * RESPONSES)) must be a multiple of the GPUs, NNODES * GPUS = $((NNODES * GPUS))")
+fi
+if are_whole ROLLOUT_TP NNODES GPUS && ((NNODES * GPUS % ROLLOUT_TP)); then
+    PROBLEMS+=("ROLLOUT_TP=$ROLLOUT_TP must divide the GPUs, NNODES * GPUS = $((NNODES * GPUS))")
+fi
+if [[ $PRESET == lora && $LORA_RANK == 0 ]]; then
+    PROBLEMS+=("LORA_RANK must be above 0 with PRESET=lora: without adapters it is PRESET=1gpu")
+fi
+if [[ $DRY_RUN == 0 ]]; then
+    for set in $TRAIN_SET $VAL_SETS; do
+        [[ -f $DATA/$set.parquet ]] ||
+            PROBLEMS+=("no $DATA/$set.parquet: make it with examples/math/prepare_data.py, or set DATA, TRAIN_SET and VAL_SETS")
+    done
+fi
+if ((${#PROBLEMS[@]})); then
+    printf 'run_math.sh: %s\n' "${PROBLEMS[@]}" >&2
+    exit 2
+fi
 
 # ------------------------------------------------------------------ who can reach the run
 # Ray runs what whoever reaches its ports sends it. A run on one node that starts its own Ray keeps it, and verl's and vLLM's servers,
@@ -83,17 +130,9 @@ if ((NNODES == 1)) && [[ -z ${RAY_ADDRESS:-} && ! -e ${RAY_TMPDIR:-/tmp}/ray/ray
     [[ $RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER != 0 ]] || export VLLM_HOST_IP=${VLLM_HOST_IP:-127.0.0.1}
 fi
 
-# ------------------------------------------------------------------ where things are
-# Absolute, because Ray starts verl's processes in other folders and on other nodes.
-[[ $DATA == /* ]] || DATA=$PWD/$DATA
-[[ $OUT == /* ]] || OUT=$PWD/$OUT
 files_of() {  # names of data sets -> a Hydra list of their files
-    local name files=()
-    for name in "$@"; do
-        [[ $DRY_RUN == 1 || -f $DATA/$name.parquet ]] ||
-            fail "no $DATA/$name.parquet: make it with examples/math/prepare_data.py, or set DATA, TRAIN_SET and VAL_SETS"
-        files+=("$DATA/$name.parquet")
-    done
+    local set files=()
+    for set in "$@"; do files+=("$DATA/$set.parquet"); done
     (IFS=,; echo "[${files[*]}]")
 }
 # shellcheck disable=SC2086  # lists of names
@@ -155,6 +194,10 @@ REWARD=(
     reward.custom_reward_function.path=pkg://vimpo_verl.rewards.math
     reward.custom_reward_function.name=compute_score
 )
+case $ALGO in
+    vimpo) ALGORITHM=(algorithm.adv_estimator=vimpo +algorithm.vimpo.actor_coeff=5e-3 +algorithm.vimpo.actor_trust=false) ;;
+    grpo) ALGORITHM=(algorithm.adv_estimator=grpo) ;;
+esac
 ALGORITHM+=(
     algorithm.lam=1.0
     algorithm.use_kl_in_reward=False
