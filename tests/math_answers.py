@@ -1,7 +1,8 @@
-r"""Answers to judge, ours, by class: (right answer, what stands in the box, whether that is right).
+r"""Answers to judge, ours, by kind: (right answer, what stands in the box, whether that is right).
 
-What each class may not do worse than: math-verify by itself (test_math_reward.py). Wrong answers stand beside the right ones that
-they look like, because a reward that can be fooled is learned from.
+Wrong answers stand beside the right ones that they look like, because a reward that can be fooled is learned from.
+
+    python tests/math_answers.py        how many of each kind this reward judges so, and how many math-verify by itself
 """
 
 ANSWERS = {
@@ -346,7 +347,11 @@ ANSWERS = {
 INHERITED = {
     "units are not compared": [(r"12\text{ cm}", r"12\text{ m}", True)],
     "a base on one side only is not looked at": [("1010", "1010_2", True)],
-    "six decimals": [(r"\frac{1}{3}", "0.333333", True), (r"\sqrt{2}", "1.414214", True), (r"\sqrt{2}", "1.41421", False)],
+    "six decimals": [
+        (r"\frac{1}{3}", "0.333333", True),
+        (r"\sqrt{2}", "1.414214", True),
+        (r"\sqrt{2}", "1.41421", False),
+    ],
     "a pair and a list": [("(0,1)", "0,1", True), ("1,2", "(2,1)", True)],
     "a list with an element twice": [("1,2", "1,2,2", True)],
     "a comma with three digits behind it": [("1,234", "1234", True)],
@@ -354,3 +359,35 @@ INHERITED = {
     "times of day are text": [("3:00 PM", "3:00 p.m.", False), ("3:00 PM", "15:00", False)],
     "log without a base": [(r"\log 100", "2", True), (r"\ln 100", r"\log 100", False)],
 }
+
+
+def _main() -> None:
+    import logging
+
+    from math_verify import parse, verify
+
+    from vimpo_verl.rewards.math import compute_score
+
+    def by_math_verify(gold: str, answer: str) -> bool:
+        wanted, found = (parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in (gold, answer))
+        return verify(wanted, found, timeout_seconds=None)
+
+    def by_this_reward(gold: str, answer: str) -> bool:
+        return compute_score("", rf"\boxed{{{answer}}}", gold)["score"] == 1.0
+
+    logging.disable(logging.CRITICAL)
+    total = [0, 0, 0]
+    print(f"{'kind':32}{'pairs':>8}{'reward':>8}{'math-verify':>13}")
+    for kind, cases in ANSWERS.items():
+        judged = [
+            [judge(gold, answer) == right for gold, answer, right in cases]
+            for judge in (by_this_reward, by_math_verify)
+        ]
+        counts = [len(cases), *map(sum, judged)]
+        total = [a + b for a, b in zip(total, counts, strict=True)]
+        print(f"{kind:32}{counts[0]:8}{counts[1]:8}{counts[2]:13}")
+    print(f"{'all':32}{total[0]:8}{total[1]:8}{total[2]:13}")
+
+
+if __name__ == "__main__":
+    _main()

@@ -3,8 +3,8 @@ they look like them; separators, spaces and percent signs never make another num
 its own ground; any answer whatever is dealt with in bounded time and memory, from any thread; no answer is run as code; a checker
 that dies is replaced, and its answer asked again; verl loads and calls it.
 
-The cases are ours (the longer list is math_answers.py). Agreement with math-verify's own test cases is measured outside of the repository (docs/recipes.md).
-Not covered: how fast it is (benchmarks/reward_throughput.py), and systems that are not Linux.
+The cases are ours (the longer list is math_answers.py). Agreement with math-verify's own test cases is measured outside of
+the repository (docs/recipes.md). Not covered: how fast it is (benchmarks/reward_throughput.py), and systems that are not Linux.
 """
 
 import asyncio
@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from math_answers import ANSWERS, INHERITED
+
 from vimpo_verl.rewards import answers, notation
 from vimpo_verl.rewards.checker import MEMORY_LIMIT, TIME_LIMIT
 from vimpo_verl.rewards.math import compute_score
@@ -154,6 +154,12 @@ UNBOXED = [
     (r"50\%", "Of 20% of it, the answer is 50.", 1.0),
     ("3", "The answer is $1 2$.", 0.0),
     ("12", "The answer is 1 2.", 0.0),
+    # several answers: docs/recipes.md, "What math-verify decides"
+    ("3", "The answers are 3 and 5.", 1.0),
+    ("5", "The answers are 3 and 5.", 0.0),
+    ("5", "The answer is 3. Or the answer is 5.", 1.0),
+    ("3", "The answer is 3. Or the answer is 5.", 0.0),
+    ("3,5", "$x=3$ or $x=5$", 1.0),
 ]
 
 
@@ -178,7 +184,9 @@ def test_separators_of_thousands_keep_the_number(number, distance, separator):
     assert score(str(number + distance), rf"\boxed{{{grouped(number, separator)}}}") == float(distance == 0)
 
 
-@given(st.text("0123456789", min_size=2, max_size=8), st.data(), st.sampled_from([" ", r"\,", "~", r"\quad ", "\u200b"]))
+@given(
+    st.text("0123456789", min_size=2, max_size=8), st.data(), st.sampled_from([" ", r"\,", "~", r"\quad ", "\u200b"])
+)
 @settings(max_examples=200, deadline=None)
 def test_spaces_join_no_numbers(digits, data, space):
     cut = data.draw(st.integers(1, len(digits) - 1))
@@ -189,7 +197,11 @@ def test_spaces_join_no_numbers(digits, data, space):
     assert score(str(int(left) + int(right)), response) == float(thousands and int(digits) == int(left) + int(right))
 
 
-@given(st.integers(1, 10**5), st.sampled_from([1, 1, 100, 10_000, Fraction(1, 100)]), st.sampled_from("\\% % ％ percent".split()))
+@given(
+    st.integers(1, 10**5),
+    st.sampled_from([1, 1, 100, 10_000, Fraction(1, 100)]),
+    st.sampled_from(["\\%", "%", "％", "percent"]),
+)
 @settings(max_examples=150, deadline=None)
 def test_percent_signs_on_both_sides_leave_no_factor(hundredths, factor, sign):
     wanted, found = (f"{float(Fraction(hundredths, 100) * times):.4f}" for times in (1, factor))
@@ -364,7 +376,9 @@ def test_answer_that_fells_every_checker_is_wrong_after_two(monkeypatch):
     from vimpo_verl.rewards import pool
 
     asked = []
-    monkeypatch.setattr(pool._Checker, "ask", lambda self, request, seconds: asked.append(request) or self.kill() or DIED)
+    monkeypatch.setattr(
+        pool._Checker, "ask", lambda self, request, seconds: asked.append(request) or self.kill() or DIED
+    )
     checkers = CheckerPool(Limits(processes=1))
     assert checkers.compare("5", "5.0", True) == DIED and len(asked) == 2
 

@@ -2,8 +2,8 @@
 
 Claimed: for every preset the two algorithms differ in keys under `algorithm.` only and hold the paper's recipe; verl
 and vimpo_verl accept them, or refuse with what verl_patches.recipe_checks says; variables and trailing overrides
-win; settings that cannot be are refused by name, all at once, in a dry run and before a run; nothing starts in a dry run; a resumed run keeps the metrics of the earlier one. Not claimed: that a preset's
-memory settings fit a GPU.
+win; settings that cannot be are refused by name, all at once, in a dry run and before a run; nothing starts in a dry
+run; a resumed run keeps the metrics of the earlier one. Not claimed: that a preset's memory settings fit a GPU.
 """
 
 import importlib.util
@@ -180,6 +180,8 @@ def test_wrong_settings_are_refused_before_anything_starts(python_stub, settings
     assert not (python_stub.parent / "out").exists()
 
 
+WHOLE_NUMBERS = ["PROMPTS", "RESPONSES", "PROMPT_LENGTH", "RESPONSE_LENGTH", "EPOCHS"]
+WHOLE_NUMBERS += ["VAL_RESPONSES", "NNODES", "GPUS", "MAX_TOKENS", "ROLLOUT_TP"]
 IMPOSSIBLE = [
     ("LR", "abc", "LR must be a number above 0, not 'abc'"),
     ("LR", "0.0e-5", "LR must be a number above 0, not '0.0e-5'"),
@@ -202,7 +204,7 @@ IMPOSSIBLE = [
     ("ROLLOUT_TP", "3", "ROLLOUT_TP=3 must divide the GPUs, NNODES * GPUS = 8"),
     *(
         (name, value, f"{name} must be a whole number above 0, not '{value}'")
-        for name in "PROMPTS RESPONSES PROMPT_LENGTH RESPONSE_LENGTH EPOCHS VAL_RESPONSES NNODES GPUS MAX_TOKENS".split()
+        for name in WHOLE_NUMBERS
         for value in ("0", "many")
     ),
 ]
@@ -231,7 +233,9 @@ def test_all_that_is_wrong_is_named_at_once(python_stub, dry_run):
     assert done.stderr.count("make it with examples/math/prepare_data.py") == (5 if dry_run == "0" else 0)
 
 
-@pytest.mark.parametrize("settings", [{"LR": ".5"}, {"LR": "1E-5"}, {"LR": "3."}, {"STEPS": "7"}, {"SEED": "0"}, {"TEST_FREQ": "-1"}])
+@pytest.mark.parametrize(
+    "settings", [{"LR": ".5"}, {"LR": "1E-5"}, {"LR": "3."}, {"STEPS": "7"}, {"SEED": "0"}, {"TEST_FREQ": "-1"}]
+)
 def test_possible_settings_are_taken_as_they_are(python_stub, settings):
     keys = {"LR": "actor_rollout_ref.actor.optim.lr", "STEPS": "trainer.total_training_steps"}
     keys |= {"SEED": "data.seed", "TEST_FREQ": "trainer.test_freq"}

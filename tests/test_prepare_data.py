@@ -222,7 +222,11 @@ def with_value(column, value):
         ("math500", with_value("problem", ""), r"math500: 1 rows have no question: rows 1 .*--drop-bad-rows"),
         ("guru_math", with_value("prompt", None), r"guru_math: 1 rows have no question: rows 1 .*--drop-bad-rows"),
         ("guru_math", with_value("prompt", []), r"guru_math: 1 rows have no question: rows 1"),
-        ("guru_math", with_value("prompt", [{"role": "user", "content": None}]), r"guru_math: 1 rows have no question: rows 1"),
+        (
+            "guru_math",
+            with_value("prompt", [{"role": "user", "content": None}]),
+            r"guru_math: 1 rows have no question: rows 1",
+        ),
         ("guru_math", with_value("reward_model", None), r"guru_math: 1 rows have no answer: rows 1"),
         ("dapo_math", with_value("prompt", None), r"dapo_math: 1 rows have no question: rows 1 .*--drop-bad-rows"),
         ("dapo_math", with_value("prompt", []), r"dapo_math: 1 rows have no question: rows 1"),
@@ -252,12 +256,15 @@ def test_row_of_another_layout_is_named(tmp_path):
     def as_text(rows):
         return [{**row, "prompt": "What is 1+1?"} for row in rows]
 
-    with pytest.raises(DataError, match=r"guru_math: row 0 of the source, .*TypeError.*What is 1\+1\?.* another data set"):
+    with pytest.raises(
+        DataError, match=r"guru_math: row 0 of the source, .*TypeError.*What is 1\+1\?.* another data set"
+    ):
         prepare_data.prepare(["guru_math"], tmp_path / "out", lay_out(tmp_path / "source", "guru_math", as_text))
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"math500": 3}', '{"math500": {"rows": 2}}', "\x00", '{"math500": {"recipe'],
+    "text",
+    ["", "{", "[]", "null", '{"math500": 3}', '{"math500": {"rows": 2}}', "\x00", '{"math500": {"recipe'],
     ids=str,
 )
 def test_corrupt_manifest_is_named_with_what_to_do(tmp_path, capsys, text):

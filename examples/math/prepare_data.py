@@ -29,7 +29,7 @@ from math_sources import SOURCES, DataError, Example, Source
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 MAX_ANSWER = 1_000  # characters: vimpo_verl/rewards takes no longer answer from a response
 _FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-_AROUND_ANSWER = re.compile(r"\\boxed|\\[()\[\]]|[\s${}.]")  # where an answer is nothing but these, the reward refuses it
+_AROUND_ANSWER = re.compile(r"\\boxed|\\[()\[\]]|[\s${}.]")  # the reward refuses an answer of nothing but these
 _FORMAT_VERSION = 1  # of what is written; raise it to have everything written anew
 
 
@@ -69,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
         "--from", dest="source", type=Path, metavar="FOLDER", help="read FOLDER/<set>/ instead of the hub"
     )
     parser.add_argument("--limit", type=int, help="the first LIMIT rows of each set, for a try")
-    parser.add_argument("--drop-bad-rows", action="store_true", help="leave out rows without a question or a usable answer")
+    parser.add_argument(
+        "--drop-bad-rows", action="store_true", help="leave out rows without a question or a usable answer"
+    )
     parser.add_argument("--force", action="store_true", help="write also what is already there")
     return parser
 

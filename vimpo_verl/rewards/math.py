@@ -4,8 +4,9 @@ r"""Reward for mathematics: is the answer of a response the right one?
     reward.custom_reward_function.name=compute_score
 
 The answer is what stands in the last closed \boxed{...}; without a box, what math-verify finds at the end of the response.
-Equal text, whole numbers and words are compared here; the rest by math-verify, in checker processes with limits on time and
-memory (vimpo_verl.rewards.pool), so that no answer can hang or fell a run. Safe in threads and in Ray actors.
+It is brought to one notation (vimpo_verl.rewards.notation). Equal text, whole numbers and words are compared here; the rest
+by math-verify, in checker processes with limits on time and memory (vimpo_verl.rewards.pool), so that no answer can hang or
+fell a run. Safe in threads and in Ray actors.
 
 Needs math-verify: pip install '.[math]' in a clone of this repository.
 """
@@ -47,8 +48,8 @@ def compute_score(
             +reward.custom_reward_function.reward_kwargs.cpu_seconds=...
 
     Returns:
-        score and acc, 1.0 or 0.0; reason, a few words; pred, the answer found, cut to 1,000 characters, by which verl
-        takes majorities in validation.
+        score and acc, 1.0 or 0.0; reason, a few words; pred, what stood in the box, in that notation and cut to 1,000
+        characters, by which verl takes majorities in validation.
 
     Raises:
         ValueError: the ground truth is empty or too long: the data are at fault, not the response.

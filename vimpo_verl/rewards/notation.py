@@ -1,8 +1,8 @@
 r"""One way of writing: turns an answer, without changing what it says, into LaTeX that math-verify reads.
 
-math-verify reads LaTeX in ASCII. Each step below brings one family of other ways to write to that. What no step knows stays as
-it is and is then not read, which costs a right answer but makes no wrong one right. Answers have a thousand characters at most,
-so the steps need not be linear. Imports the standard library only.
+math-verify reads LaTeX in ASCII. Each step below brings one family of other ways to write to that. What no step knows
+stays as it is and is then not read, which costs a right answer but makes no wrong one right. Answers have a thousand
+characters at most, so the steps need not be linear. Imports the standard library only.
 """
 
 import re
@@ -23,9 +23,11 @@ _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 
 # Units of money that math-verify's list, which is English, does not have. By name, because other words multiply (see above).
 _MONEY = r"元|圆|圓|美元|欧元|日元|人民币|円|원|руб(?:\.|л\w*)?|грн\.?|гривен|тенге|रुपये|रुपए|ريال|درهم|دينار|บาท"
 
+_BARE_INTEGER = re.compile(r"[+-]?[0-9]+")
 _TEXT = r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox|boldsymbol|bm)\s*"
 _ENVIRONMENT = re.compile(
-    r"\\begin\{(aligned|alignedat|align\*?|gathered|gather\*?|split|equation\*?)\}(?:\{\d+\})?(.*)\\end\{\1\}", re.DOTALL
+    r"\\begin\{(aligned|alignedat|align\*?|gathered|gather\*?|split|equation\*?)\}(?:\{\d+\})?(.*)\\end\{\1\}",
+    re.DOTALL,
 )
 _ROW_END = re.compile(r"\\\\(?:\[[^\]]*\])?")
 _RELATION = re.compile(r"=|<|>|\\(?:le|ge|leq|geq|lt|gt|approx|equiv)(?![A-Za-z])")
@@ -37,8 +39,9 @@ _NEGATIVE_SPACE = re.compile(r"\\!\s*")
 _PERCENT = re.compile(rf"\s*(?:{_TEXT}\{{\s*per ?cent\s*\}}|(?<![A-Za-z])(?:per ?cent|pct)(?![A-Za-z])|\\?%)")
 _THOUSANDS = re.compile(r"(?<![\w.,}^\\])(?<![\d.] )([1-9]\d{0,2})((?: \d{3})+|(?:\{,\}\d{3})+)(?!\d|[ ,]\d|\{,\}\d)")
 _MIXED = re.compile(r"(?<![\w.,/^}\\])(?<![\d/] )(\d+) (\d+)/(\d+)(?!\w|[.,]\d|[/^])")
-_SCIENTIFIC = re.compile(
-    r"(?<![\w.,])(?:(\d+\.\d+|1)[eE]([+-]?\d{1,3})|(?<![/^}])(\d+(?:\.\d+)?) ?\\(?:times|cdot) ?10\^(?:\{(-?\d{1,3})\}|(\d)))(?![\w.!^])"
+_SCIENTIFIC = re.compile(  # 1.5e-3 (2e-3 is left alone, it may be 2e - 3), 1.5\times10^{-3}
+    r"(?<![\w.,])(?:(\d+\.\d+|1)[eE]([+-]?\d{1,3})"
+    r"|(?<![/^}])(\d+(?:\.\d+)?) ?\\(?:times|cdot) ?10\^(?:\{(-?\d{1,3})\}|(\d)))(?![\w.!^])"
 )
 _DOTS = re.compile(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?")
 _REPEATING = re.compile(r"(?<![\d.,])(?<!\d )(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))(?!\d)")
@@ -49,7 +52,8 @@ _ROOT = re.compile(r"([√∛∜]|\\sqrt(?=\s*\())\s*")
 _RADICAND = re.compile(r"\d+(?:\.\d+)?|[A-Za-z]")
 _COMMAND = re.compile(_TEXT + r"\{[^{}]*\}|\\[A-Za-z]+")
 _SPACED_UNIT = re.compile(r"(?<=[\d}]) +[A-Za-z]+$")
-_LAST_LETTERS = re.compile(r"(?<=[\d}])\s*([a-z]|ab|bc|st)$")  # in math-verify's list of units: c, d, g, h, l, m, s, t ...
+# Letters that are in math-verify's list of units: c, d, g, h, l, m, o, s and t, ab, bc and st.
+_LAST_LETTERS = re.compile(r"(?<=[\d}])\s*([a-z]|ab|bc|st)$")
 
 
 def plain(answer: str) -> str:
@@ -58,6 +62,8 @@ def plain(answer: str) -> str:
     Args:
         answer: without its box and dollars.
     """
+    if _BARE_INTEGER.fullmatch(answer):  # most answers
+        return answer
     answer = _characters(_roots(answer))
     answer = _one_line(answer)
     answer = _without_marks(answer)
