@@ -94,12 +94,14 @@ def _without_sign(gold: str, found: tuple, box: str | None) -> list[str]:
     from sympy import UnevaluatedExpr
 
     # In text outside of a box math-verify leaves the hundredth of a percentage unevaluated.
-    signed = "%" in box if box is not None else any("%" in str(e) or _has(e, UnevaluatedExpr) for e in found)
+    signed = (
+        "%" in box
+        if box is not None
+        else any(
+            "%" in reading if isinstance(reading, str) else bool(reading.has(UnevaluatedExpr)) for reading in found
+        )
+    )
     return [gold] if signed or "%" not in gold else [gold, gold.replace(r"\%", "")]
-
-
-def _has(expression: Any, kind: type) -> bool:
-    return not isinstance(expression, str) and bool(expression.has(kind))
 
 
 def _more_than_one(gold: str) -> bool:
@@ -237,10 +239,11 @@ def _side_by_side(convert: Callable, converter: Any, factors: list, first: int =
         left, right = factors[first].getText(), factors[first + 1].getText()
         if _NUMERAL.fullmatch(left) and right.lstrip("{")[:1].isdigit():
             raise ValueError("two numbers side by side")
-        if right.startswith(_PARENTHESES):
-            product = convert(converter, [factors[first]]), converter.convert_postfix_list(factors, first + 1)
-            if all(isinstance(factor, sympy.Number) for factor in product):
-                return sympy.Mul(*product, evaluate=False)
+        factor = convert(converter, [factors[first]]) if right.startswith(_PARENTHESES) else None
+        if isinstance(factor, (sympy.Expr, sympy.Matrix)):  # not a derivative's d/dx
+            rest = converter.convert_postfix_list(factors, first + 1)
+            matrix = any(getattr(side, "is_Matrix", False) for side in (factor, rest))
+            return (converter.mat_mul_flat if matrix else converter.mul_flat)(factor, rest)
     return convert(converter, factors, first)
 
 
