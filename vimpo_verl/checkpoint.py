@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LATEST = "checkpoints/latest_checkpointed_iteration.txt"
+# What the tools of this package make of a checkpoint, inside its global_step_N: worth nothing once the step is saved again.
+DERIVED = ("actor/merged", "actor/merged.part", "evaluation")
 
 
 class NotAModel(Exception):
@@ -38,6 +40,21 @@ class Checkpoint:
     def merged(self) -> Path:
         """Where the merged model is or will be."""
         return self.actor / "merged"
+
+
+def remove_derived(step: Path) -> list[Path]:
+    """Remove what was made of a checkpoint whose shards are about to be written again.
+
+    Args:
+        step: global_step_N, which need not exist.
+
+    Returns:
+        What there was and is gone. Of a symbolic link the link alone.
+    """
+    found = [path for path in (step / name for name in DERIVED) if path.is_symlink() or path.is_dir()]
+    for path in found:
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    return found
 
 
 def locate(path: Path) -> Checkpoint | Path:
