@@ -8,8 +8,11 @@ saw, or a message; all problems are named at once. Not claimed here: what the pa
 import base64
 import hashlib
 import json
+import os
 import random
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pyarrow
@@ -407,6 +410,48 @@ def test_numbers_that_are_not_finite_are_named(folder, tmp_path, capsys):
     answers = lines(tmp_path / "a.jsonl", ROWS)
     text = refusal(capsys, folder / "policy", "--reference", broken, "--answers", answers, "--out", tmp_path)
     assert "a.jsonl:1: ref_log_prob of token 1 is nan" in text and not (tmp_path / "credit.json").exists()
+
+
+# ---- a merged model that is stale ----
+
+
+def test_credit_is_of_the_shards_that_there_are(folder, tmp_path, monkeypatch):
+    """All weights of the shard halved, its size and times as before. In place of verl's merger: load, save."""
+    run = make_run(folder, tmp_path / "run")
+    actor = run / "checkpoints/global_step_5/actor"
+    shard = actor / "model_world_size_1_rank_0.pt"
+    model = AutoModelForCausalLM.from_pretrained(folder / "policy")
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    merges = []
+
+    def merger(command, **_):
+        merges.append(command)
+        model = AutoModelForCausalLM.from_pretrained(folder / "policy")
+        model.load_state_dict(torch.load(shard))
+        model.save_pretrained(command[-1])
+        return subprocess.CompletedProcess(command, 0)
+
+    def kl(name):
+        assert main(["credit", str(run), "--out", str(tmp_path / name)]) == 0
+        return json.loads((tmp_path / name / "credit.json").read_text())["overall"]["kl"]
+
+    torch.save(weights, shard)
+    times = shard.stat().st_atime_ns, shard.stat().st_mtime_ns
+    monkeypatch.setattr(checkpoint.subprocess, "run", merger)
+    first = kl("first")
+    assert len(merges) == 1, "what it was merged from is not known"
+    assert kl("again") == first and len(merges) == 1
+    size = shard.stat().st_size
+    torch.save({name: weight / 2 for name, weight in weights.items()}, shard)
+    os.utime(shard, ns=times)
+    assert shard.stat().st_size == size
+    halved = kl("halved")
+    shutil.rmtree(actor / "merged")
+    assert halved == kl("fresh") != first and len(merges) == 3
+    (actor / "optim_world_size_1_rank_0.pt").touch()
+    assert kl("more") == halved and len(merges) == 3, "no part of the model"
+    (actor / "huggingface/generation_config.json").write_text("{}")
+    assert kl("configured") == halved and len(merges) == 4
 
 
 # ---- checkpoints with LoRA ----

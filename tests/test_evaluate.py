@@ -1,13 +1,13 @@
 """vimpo_verl.evaluation and examples/math/evaluate.*, without vLLM.
 
 Claimed: pass@k is unbiased, majority and bootstrap are what they are called; evaluate.sh finds the checkpoint and
-merges it once; responses of other settings are not taken for those asked for. Not claimed here: generation.
+merges it once, and again when its shards have changed; responses of another model, other prompts or settings are not
+taken for those asked for, and results are of the data and reward asked for. Not claimed here: generation by vLLM.
 """
 
 import importlib.util
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -94,14 +94,6 @@ def test_scores_of_both_kinds_of_reward_function():
         assert row["accs"] == [1.0, 0.0] and row["preds"] == ["4", "5"]
 
 
-def test_responses_of_other_settings_are_not_taken(tmp_path):
-    rows = [{"accs": [1.0], "preds": ["4"]}]
-    evaluate.store(tmp_path / "a" / "set.jsonl", {"n": 1}, rows)
-    assert evaluate.stored_responses(tmp_path / "a" / "set.jsonl", {"n": 1}) == rows
-    assert evaluate.stored_responses(tmp_path / "a" / "set.jsonl", {"n": 2}) is None
-    assert evaluate.stored_responses(tmp_path / "none.jsonl", {"n": 1}) is None
-
-
 def test_table_and_missing_data(tmp_path, capsys):
     text = evaluate.table({"aime": summary([(["a", "b"], [True, False])])})
     assert "| aime | 50.0 (50.0 to 50.0) | 50.0" in text and "majority@2" in text
@@ -109,7 +101,7 @@ def test_table_and_missing_data(tmp_path, capsys):
     assert "prepare_data.py" in capsys.readouterr().err
 
 
-def test_script_merges_the_last_checkpoint_once(tmp_path):
+def test_script_merges_the_last_checkpoint_once_and_again_when_it_changes(tmp_path):
     """Stand-ins: verl's merger writes its arguments down and leaves a configuration; evaluate.py only the former."""
     (tmp_path / "verl").mkdir()
     (tmp_path / "verl/__init__.py").touch()
@@ -130,6 +122,8 @@ def test_script_merges_the_last_checkpoint_once(tmp_path):
     (checkpoints / "global_step_40/actor").mkdir(parents=True)
     (checkpoints / "global_step_20/actor").mkdir(parents=True)
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("40")
+    shard = checkpoints / "global_step_40/actor/model_world_size_1_rank_0.pt"
+    shard.write_bytes(b"weights")
     env = {**os.environ, "PYTHON": str(stub), "CALLS": str(tmp_path / "calls"), "SETS": "aime2024", "DATA": "/data"}
     command = ["bash", str(ROOT / "examples/math/evaluate.sh")]
     for _ in range(2):
@@ -140,6 +134,19 @@ def test_script_merges_the_last_checkpoint_once(tmp_path):
     assert calls[0] == f"merge --backend fsdp --local_dir {actor} --target_dir {actor}/merged.part"
     assert f"--model {actor}/merged --data /data/aime2024.parquet --out {actor.parent}/evaluation" in calls[1]
     assert calls[1].endswith("--n 32 --tensor-parallel 1 --seed 3")
+    times = shard.stat().st_atime_ns, shard.stat().st_mtime_ns
+    shard.write_bytes(b"WEIGHTS")
+    os.utime(shard, ns=times)
+    done = subprocess.run([*command, f"{actor}/merged"], env=env, check=True, capture_output=True, text=True)
+    assert "stale (other than it was merged from: model_world_size_1_rank_0.pt): merging again" in done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [call.startswith("merge ") for call in calls] == [True, False, False, True, False]
+    assert f"--model {actor}/merged" in calls[-1] and f"--out {actor.parent}/evaluation" in calls[-1]
+    shard.unlink()
+    done = subprocess.run([*command, str(tmp_path / "run")], env=env, check=True, capture_output=True, text=True)
+    assert "is taken as it is: the shards that it was merged from are gone" in done.stderr
+    done = subprocess.run([*command, str(checkpoints / "global_step_20")], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "so there is nothing to merge" in done.stderr
     done = subprocess.run([*command, str(checkpoints / "global_step_60")], env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "global_step_60: there is no such folder" in done.stderr
     done = subprocess.run([*command, str(checkpoints)], env=env, capture_output=True, text=True)
@@ -180,25 +187,109 @@ def test_the_whole_chain_of_the_recipes_is_shell_and_its_data_are_prepared(tmp_p
         assert os.access(ROOT / script, os.X_OK), script
 
 
-def test_results_are_written_from_stored_responses(tmp_path, capsys):
-    """No engine is made when every response is there."""
-    data = tmp_path / "aime.parquet"
-    data.touch()
-    arguments = [
-        "--model",
-        "m",
-        "--data",
-        str(data),
-        "--out",
-        str(tmp_path),
-        "--n",
-        "2",
-        "--reward",
-        str(ROOT / "examples/tiny/reward.py"),
-    ]
-    settings = evaluate.settings_of(evaluate._parser().parse_args(arguments))
-    evaluate.store(tmp_path / "responses/aime.jsonl", settings, [{"accs": [1.0, 0.0], "preds": ["4", "5"]}])
-    assert evaluate.main(arguments) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert math.isclose(results["results"]["aime"]["avg@2"]["value"], 0.5) and results["settings"]["n"] == 2
+# ---- what is used again ----
+
+LINE_ENDS = "one\u2028two\u2029three\x85four\x0bfive"  # that str.splitlines() ends a line at, and JSON does not
+
+
+class StandIn:
+    """In place of vLLM: every response is `text`."""
+
+    text, generated = "4", 0
+
+    def __init__(self, args, model):
+        self.n = args.n
+
+    def generate(self, questions):
+        StandIn.generated += 1
+        return [{**q, "responses": [self.text] * self.n, "finished": [True] * self.n} for q in questions]
+
+
+@pytest.fixture
+def evaluation(tmp_path, monkeypatch):
+    """Evaluates a model's folder on aime.parquet and returns avg@2 and how often it generated."""
+    monkeypatch.setattr(evaluate, "Engine", StandIn)
+    monkeypatch.setattr(StandIn, "text", "4")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model.safetensors").write_bytes(b"weights")
+    write_data(tmp_path / "aime.parquet")
+    (tmp_path / "reward.py").write_text("def compute_score(s, response, truth, e=None): return float(response == truth)")
+
+    def once(*more):
+        before = StandIn.generated
+        options = {"model": tmp_path / "model", "data": tmp_path / "aime.parquet", "out": tmp_path, "n": 2}
+        arguments = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+        assert evaluate.main([*arguments, "--reward", str(tmp_path / "reward.py"), *more]) == 0
+        results = json.loads((tmp_path / "results.json").read_text())
+        return results["results"]["aime"]["avg@2"]["value"], StandIn.generated - before
+
+    return once
+
+
+def write_data(path, question="2+2=", truth="4"):
+    import pyarrow
+    import pyarrow.parquet
+
+    prompt = [{"role": "user", "content": question}]
+    row = {"data_source": "s", "prompt": prompt, "reward_model": {"ground_truth": truth}, "extra_info": {"index": 0}}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+
+
+def test_what_is_there_is_used_again(evaluation, tmp_path, capsys):
+    assert evaluation() == (1.0, 1)
+    assert evaluation() == (1.0, 0)
+    (tmp_path / "model").rename(tmp_path / "moved")
+    assert evaluation("--model", str(tmp_path / "moved")) == (1.0, 0), "the same contents elsewhere"
     assert "| aime |" in (tmp_path / "results.md").read_text() and "| aime |" in capsys.readouterr().out
+
+
+def test_a_changed_reward_or_ground_truth_gives_new_numbers_of_the_same_responses(evaluation, tmp_path):
+    assert evaluation() == (1.0, 1)
+    (tmp_path / "reward.py").write_text("def compute_score(*a): return 0.0")
+    assert evaluation() == (0.0, 0)
+    (tmp_path / "other.py").write_text("def compute_score(*a): return 1.0")
+    assert evaluation("--reward", str(tmp_path / "other.py")) == (1.0, 0)
+    (tmp_path / "reward.py").write_text("def compute_score(s, response, truth, e=None): return float(response == truth)")
+    write_data(tmp_path / "aime.parquet", truth="5")
+    assert evaluation() == (0.0, 0)
+    (row,) = [json.loads(line) for line in (tmp_path / "responses/aime.jsonl").read_text().split("\n")[1:-1]]
+    assert (row["ground_truth"], row["accs"]) == ("5", [0.0, 0.0]), "vimpo credit reads the new scores, too"
+
+
+@pytest.mark.parametrize("what", ["model_contents", "prompts", "temperature", "engine"])
+def test_responses_of_something_else_are_not_used(evaluation, tmp_path, monkeypatch, capsys, what):
+    assert evaluation() == (1.0, 1)
+    monkeypatch.setattr(StandIn, "text", "5")
+    more = {"temperature": ["--temperature", "0.5"], "engine": ["--engine", '{"quantization": "fp8"}']}.get(what, [])
+    if what == "model_contents":
+        (tmp_path / "model/model.safetensors").write_bytes(b"WEIGHTS")
+    if what == "prompts":
+        write_data(tmp_path / "aime.parquet", question="1+3=")
+    capsys.readouterr()
+    assert evaluation(*more) == (0.0, 1)
+    assert f"of other settings ({what})" in capsys.readouterr().out
+
+
+def test_a_reward_that_fails_does_not_cost_the_responses(evaluation, tmp_path):
+    good = (tmp_path / "reward.py").read_text()
+    (tmp_path / "reward.py").write_text("def compute_score(*a): raise ZeroDivisionError")
+    with pytest.raises(ZeroDivisionError):
+        evaluation()
+    (tmp_path / "reward.py").write_text(good)
+    assert evaluation() == (1.0, 0)
+
+
+def test_responses_with_other_line_ends_are_read_again(evaluation, monkeypatch, tmp_path):
+    monkeypatch.setattr(StandIn, "text", LINE_ENDS)
+    write_data(tmp_path / "aime.parquet", truth=LINE_ENDS)
+    assert evaluation() == (1.0, 1)
+    assert evaluation() == (1.0, 0)
+
+
+def test_a_model_on_the_hub_is_its_commit_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert evaluate.model_contents("org/base") is None
+    (tmp_path / "models--org--base/snapshots/abc").mkdir(parents=True)
+    (tmp_path / "models--org--base/refs").mkdir()
+    (tmp_path / "models--org--base/refs/main").write_text("abc")
+    assert evaluate.model_contents("org/base") == "abc"

@@ -1,8 +1,9 @@
 """Accuracy of a model on prepared data sets: generate with vLLM, score with a reward function, estimate, write JSON and
 a table.
 
-Called by evaluate.sh, which merges a checkpoint first. Writes OUT/responses/<set>.jsonl, one line a response,
-OUT/results.json and OUT/results.md. A set whose responses are there with the same settings is not generated again.
+Called by evaluate.sh, which merges a checkpoint first. Writes OUT/responses/<set>.jsonl, one line a question,
+OUT/results.json and OUT/results.md. A set whose responses are there, of the same model, prompts and settings, is not
+generated again; all responses are scored again, so that the results are of the data and the reward that were asked for.
 """
 
 import argparse
@@ -13,9 +14,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from vimpo_verl.checkpoint import contents
 from vimpo_verl.evaluation import summary
 
-SETTINGS = ("model", "n", "temperature", "top_p", "max_tokens", "seed", "limit")  # what responses depend on
+SETTINGS = ("n", "temperature", "top_p", "max_tokens", "seed", "engine")  # what responses depend on, beside the model
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,17 +28,25 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     score = load_function(args.reward)
     engine = None
+    settings = settings_of(args)
     results: dict[str, dict] = {}
     for path in args.data:
         stored = args.out / "responses" / f"{path.stem}.jsonl"
-        rows = stored_responses(stored, settings_of(args))
+        questions = questions_of(path, args.limit)
+        rows, reason = stored_responses(stored, settings, questions)
         if rows is None:
-            engine = engine or Engine(args)
-            rows = scored(engine.generate(questions_of(path, args.limit)), score)
-            store(stored, settings_of(args), rows)
+            print(f"{path.stem}: {reason}", flush=True)
+            engine = engine or Engine(args, settings["model_contents"])
+            if settings["model_contents"] is None:  # vLLM has put it into the cache by now
+                settings = settings_of(args)
+            rows = engine.generate(questions)
+            store(stored, settings, rows)  # a reward that fails does not cost them
+        rows = scored(rows, score)
+        store(stored, settings, rows)
         results[path.stem] = summary([(row["preds"], [acc > 0 for acc in row["accs"]]) for row in rows])
         print(f"{path.stem}: {len(rows)} questions", flush=True)
-    (args.out / "results.json").write_text(json.dumps({"settings": settings_of(args), "results": results}, indent=1))
+    made_by = {"model": args.model, "reward": args.reward, "limit": args.limit, **settings}
+    (args.out / "results.json").write_text(json.dumps({"settings": made_by, "results": results}, indent=1))
     (args.out / "results.md").write_text(table(results))
     print(table(results))
     return 0
@@ -63,8 +73,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def settings_of(args: argparse.Namespace) -> dict:
-    """What the responses depend on."""
-    return {name: getattr(args, name) for name in SETTINGS}
+    """What the responses depend on, beside the prompts."""
+    return {"model_contents": model_contents(args.model), **{name: getattr(args, name) for name in SETTINGS}}
+
+
+def model_contents(model: str) -> str | dict[str, str] | None:
+    """What is in a model, wherever it is.
+
+    Returns:
+        Of a folder the sha256 of each file in it, by name. Of a name on the hub the commit in Hugging Face's cache; None
+        if the cache does not have it.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return contents(sorted(path for path in folder.iterdir() if path.is_file()), folder)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True)).name
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
 
 
 def load_function(where: str) -> Callable:
@@ -98,9 +127,9 @@ def questions_of(path: Path, limit: int | None) -> list[dict]:
 
 
 class Engine:
-    """vLLM with the model."""
+    """vLLM with the model, of which `model_contents` says what it is: of a name on the hub that commit is loaded."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, model: str | dict | None):
         from vllm import LLM, SamplingParams
 
         length = args.max_prompt_tokens + args.max_tokens
@@ -108,6 +137,7 @@ class Engine:
             "max_model_len": length,
             "tensor_parallel_size": args.tensor_parallel,
             "seed": args.seed,
+            "revision": model if isinstance(model, str) else None,
             **args.engine,
         }
         self.llm = LLM(model=args.model, **options)
@@ -155,12 +185,20 @@ def store(path: Path, settings: dict, rows: list[dict]) -> None:
     part.rename(path)  # a file that is there is whole
 
 
-def stored_responses(path: Path, settings: dict) -> list[dict] | None:
-    """The questions of an earlier evaluation with the same settings; None if there is none."""
+def stored_responses(path: Path, settings: dict, questions: list[dict]) -> tuple[list[dict] | None, str]:
+    """The questions with the responses of an earlier evaluation; None and the reason if there are none to be used."""
     if not path.exists():
-        return None
-    first, *rest = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in rest] if json.loads(first) == {"settings": settings} else None
+        return None, "no responses yet"
+    # Not splitlines(): a response may hold U+2028 and its like, which end no line of JSON.
+    first, *rest = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    before = first["settings"]
+    other = [name for name in settings if settings[name] is None or before.get(name) != settings[name]]
+    if [row["prompt"] for row in rest] != [question["prompt"] for question in questions]:
+        other.append("prompts")
+    if other:
+        return None, f"the responses there are of other settings ({', '.join(other)}), new ones are generated"
+    written = ({name: row[name] for name in ("responses", "finished")} for row in rest)
+    return [{**question, **responses} for question, responses in zip(questions, written, strict=True)], ""
 
 
 def table(results: dict[str, dict]) -> str:

@@ -26,7 +26,7 @@ model=$1
 shift
 
 if [[ -e $model || $model == */global_step_* ]]; then    # else the name of a model on the hub
-    model=$("$PYTHON" -m vimpo_verl.checkpoint "$model")   # verl's FSDP shards are merged once, by verl's own merger
+    model=$("$PYTHON" -m vimpo_verl.checkpoint "$model")   # verl's FSDP shards are merged, unless that is done
     [[ $model != */actor/merged ]] || OUT=${OUT:-${model%/actor/merged}/evaluation}
 fi
 OUT=${OUT:-$ROOT/outputs/evaluation/$(basename "$model")}
