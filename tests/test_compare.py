@@ -1,19 +1,25 @@
 """`vimpo compare` on logs written here in verl's three formats, with known values.
 
-Claimed: the three readers agree; what cannot be read is said; runs are aligned by step, tokens and hours as stated;
+Claimed: the three readers agree; what cannot be read is said; different runs are never read as one, in verl's own
+layouts; paths may have "=" and "," in them; runs are aligned by step, tokens and hours as stated;
 intervals are Student's and Welch's; a difference is called outside the seeds' noise when it is and not when it is
 not; the plots are drawn. Not claimed: that a plot is easy to read.
 """
 
+import argparse
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from vimpo_verl.__main__ import main
-from vimpo_verl.compare.command import label_of, read_sides
+from vimpo_verl.compare.command import add_arguments, label_of, read_sides
+from vimpo_verl.compare.command import main as compare_main
 from vimpo_verl.compare.comparison import INSIDE, OTHER_KEY, OUTSIDE, TOO_FEW, Side, compare
 from vimpo_verl.compare.metrics import AXES
 from vimpo_verl.compare.runs import RunLog, UnreadableRun, read_run
@@ -172,7 +178,118 @@ def test_run_with_nothing_to_compare(tmp_path, content, message):
     assert str(run) in str(error.value) and message in str(error.value)
 
 
+# ---- verl's own layouts ----------------------------------------
+
+
+def write_as_verl(kind: str, root: Path, project: str, experiment: str, found: list[dict], monkeypatch) -> None:
+    """By verl's own logger, in the folders that it chooses itself."""
+    from verl.utils.tracking import FileLogger, _TensorboardAdapter
+
+    for name in ("VERL_FILE_LOGGER_PATH", "VERL_FILE_LOGGER_ROOT", "TENSORBOARD_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(root)
+    logger = {"file": FileLogger, "tensorboard": _TensorboardAdapter}[kind](project, experiment)
+    for record in found:
+        logger.log(record["data"], record["step"])
+    logger.finish()
+
+
+@pytest.mark.parametrize("kind", ["file", "tensorboard"])
+def test_different_runs_in_verls_folders_are_different_runs(tmp_path, monkeypatch, kind):
+    rewards = {"grpo-seed1": 0.50, "grpo-seed2": 0.52, "vimpo-seed1": 0.70}
+    for experiment, reward in rewards.items():
+        write_as_verl(kind, tmp_path, "gsm8k", experiment, records(4, reward=reward), monkeypatch)
+    write_as_verl(kind, tmp_path, "math", "grpo-seed1", records(4, reward=0.1), monkeypatch)
+    root = tmp_path if kind == "file" else tmp_path / "tensorboard_log"
+    sides, unreadable = read_sides([str(root / "gsm8k")])
+    assert not unreadable
+    found = {side.label: [run.steps[4]["critic/score/mean"] for run in side.runs] for side in sides}
+    assert found.keys() == {"gsm8k/grpo", "gsm8k/vimpo"}
+    assert found["gsm8k/grpo"] == pytest.approx([0.50, 0.52]) and found["gsm8k/vimpo"] == pytest.approx([0.70])
+    sides, _ = read_sides([str(root)])
+    assert {side.label: len(side.runs) for side in sides} == {
+        f"{root.name}/gsm8k/grpo": 2, f"{root.name}/gsm8k/vimpo": 1, f"{root.name}/math/grpo": 1,
+    }  # fmt: skip
+    (side,) = read_sides([f"a={root}/gsm8k"])[0]
+    assert len(side.runs) == 3, "a label of one's own makes them seeds"
+    with pytest.raises(UnreadableRun, match="has several runs: .*grpo-seed1.*vimpo-seed1"):
+        read_run(root / "gsm8k")
+
+
+def test_only_the_starts_of_one_run_are_one_run(tmp_path):
+    write_file(tmp_path, records(2, reward=0.1), "metrics.1.jsonl")
+    write_file(tmp_path, records(3, reward=0.2))
+    write_file(tmp_path, records(9, reward=0.9), "metrics_grpo.jsonl")
+    write_file(tmp_path, [{"input": "a", "step": 3}], "rollout.jsonl")
+    run = read_run(tmp_path)
+    assert max(run.steps) == 3 and run.source == "file: metrics.1.jsonl, metrics.jsonl"
+    left_out, other = run.problems
+    assert "metrics_grpo.jsonl: not read, as it is no part of this run" in left_out
+    assert other == "rollout.jsonl: no step of a run in it (file)"
+
+
+def test_console_logs_of_one_folder_are_different_runs(tmp_path):
+    for name, reward in (("grpo", 0.5), ("vimpo", 0.7)):
+        write_console(tmp_path / name, records(2, reward=reward))
+        (tmp_path / name / "log.txt").rename(tmp_path / f"{name}.log")
+    sides, _ = read_sides([str(tmp_path / "*.log")])
+    assert [side.label for side in sides] == ["grpo", "vimpo"]
+    assert [side.label for side in read_sides([str(tmp_path)])[0]] == [f"{tmp_path.name}/{n}" for n in ("grpo", "vimpo")]
+
+
+def test_tensorboard_of_a_resumed_run_is_one_run_and_of_two_runs_is_refused(tmp_path):
+    def write(name, found):
+        write_tensorboard(tmp_path / name, found)
+        for file in (tmp_path / name / "tensorboard").glob("*.0"):  # numbered in a process, by verl one a process
+            file.rename(file.with_name(f"events.out.tfevents.{len(list(file.parent.iterdir())):010}"))
+
+    write("resumed", records(6, reward=0.1))
+    write("resumed", [record for record in records(12, reward=0.9) if record["step"] > 4])
+    run = read_run(tmp_path / "resumed")
+    assert sorted(run.steps) == list(range(13)) and run.steps[5]["critic/score/mean"] == pytest.approx(0.9 * 5 / 12)
+    write("two", records(6))
+    write("two", records(3))
+    with pytest.raises(UnreadableRun, match="starts over at step 0, so the 2 files there are not one run"):
+        read_run(tmp_path / "two")
+
+
+def test_folders_of_several_runs_by_the_launch_scripts(tmp_path):
+    """outputs/ instead of outputs/*: each run has TensorBoard beside its metrics.jsonl, or nothing else."""
+    for seed in (1, 2):
+        write_tensorboard(write_file(tmp_path / f"vimpo-seed{seed}", records(2)), records(2))
+        write_tensorboard(tmp_path / f"grpo-seed{seed}", records(2))
+    (tmp_path / "latest").symlink_to(tmp_path / "vimpo-seed2")
+    sides, unreadable = read_sides([str(tmp_path)])
+    assert {side.label: len(side.runs) for side in sides} == {f"{tmp_path.name}/{n}": 2 for n in ("grpo", "vimpo")}
+    assert not unreadable and [run.source.split(":")[0] for run in sides[1].runs] == ["file", "file"]
+    assert label_of(tmp_path / "grpo-seed1/tensorboard") == "grpo"
+
+
 # ---- seeds and sides ----------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "mine="])
+def test_paths_of_hydras_multirun(tmp_path, monkeypatch, prefix):
+    """Its folders are named by the overrides: key=value,key=value."""
+    names = ["adv=grpo,data.seed=1", "adv=grpo,data.seed=2", "adv=vimpo,data.seed=1"]
+    for name in names:
+        write_file(tmp_path / name, records(2))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("", f"{tmp_path}/"):
+        sides, unreadable = read_sides([f"{prefix}{folder}{name}" for name in names])
+        expected = {"mine": 3} if prefix else {"adv=grpo": 2, "adv=vimpo": 1}
+        assert ({side.label: len(side.runs) for side in sides}, unreadable) == (expected, [])
+    sides, unreadable = read_sides([f"{prefix}{names[0]},{names[1]}", f"other={tmp_path}/adv=v*"])
+    assert not unreadable and [len(side.runs) for side in sides] == [2, 1]
+
+
+def test_paths_that_are_not_there_are_named_as_they_were_meant(tmp_path):
+    write_file(tmp_path / "a", records(2))
+    given = [f"{tmp_path}/lr=1,seed=2", f"x={tmp_path}/a,{tmp_path}/b", "y=none,no", "zero"]
+    missing = [f"{tmp_path}/lr=1,seed=2", f"{tmp_path}/b", "none", "no", "zero"]
+    sides, unreadable = read_sides(given)
+    assert [side.label for side in sides] == ["x"] and unreadable == [f"{path} does not exist" for path in missing]
+
 
 
 def test_runs_of_one_name_are_seeds_of_one_side(tmp_path):
@@ -417,3 +534,41 @@ def test_unreadable_run_is_said_and_the_rest_compared(tmp_path, capsys):
 def test_nothing_readable(tmp_path, capsys):
     assert main(["compare", str(tmp_path / "bad"), "--out", str(tmp_path / "out")]) == 1
     assert "does not exist" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def command(*arguments, **options):
+    line = [sys.executable, "-m", "vimpo_verl", "compare", *map(str, arguments)]
+    return subprocess.run(line, text=True, cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE, **options)
+
+
+def test_a_pipe_that_is_closed_gets_one_message_and_the_files_are_there(tmp_path):
+    """As in `vimpo compare ... | head -1`, when head has ended."""
+    run, out = write_file(tmp_path / "run", records(3)), tmp_path / "out"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = command(run, "--out", out, "--no-plots", stdout=writing)
+    os.close(writing)
+    assert done.stderr == "vimpo: standard output was closed before all was printed; files are whole\n"
+    assert done.returncode == 141 and "run: 1 run" in (out / "comparison.md").read_text()
+
+
+def test_files_are_written_before_anything_is_printed(tmp_path, monkeypatch):
+    from vimpo_verl.compare import plots
+
+    run, out = write_file(tmp_path / "run", records(3)), tmp_path / "out"
+    monkeypatch.setattr(plots, "draw", lambda comparison, folder, confidence: [(folder / "overview.png").touch()])
+    there = []
+    arguments = argparse.ArgumentParser()
+    add_arguments(arguments)
+    given = arguments.parse_args([str(run), "--out", str(out)])
+    compare_main(given, lambda text: there.append({path.name for path in out.glob("*")}))
+    assert there[0] == there[-1] >= {"comparison.md", "comparison.json", "overview.png"}
+
+
+def test_an_out_that_cannot_be_written_gets_one_message(tmp_path, capsys):
+    run = write_file(tmp_path / "run", records(3))
+    (tmp_path / "file").touch()
+    assert main(["compare", str(run), "--out", str(tmp_path / "file/out")]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"vimpo compare: --out {tmp_path}/file/out cannot be written: ")
+    assert printed.err.count("\n") == 1 and "run: 1 run" in printed.out and "Written" not in printed.out

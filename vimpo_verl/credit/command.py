@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,7 @@ def main(arguments: argparse.Namespace, write: Callable[[str], None] = print) ->
     from vimpo_verl.credit.inputs import gather
 
     inputs, problems = gather(arguments)
+    problems = problems or _unwritable(arguments.out)  # before the hours that scoring may take
     if not problems:
         try:
             data = _scored(inputs, arguments)
@@ -63,7 +65,6 @@ def main(arguments: argparse.Namespace, write: Callable[[str], None] = print) ->
         return FAILED
     from vimpo_verl.credit import page, report
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
     written = arguments.out / "credit.json", arguments.out / "credit.html"
     written[0].write_text(json.dumps(data, allow_nan=False), encoding="utf-8")
     written[1].write_text(page.html(data), encoding="utf-8")
@@ -72,6 +73,15 @@ def main(arguments: argparse.Namespace, write: Callable[[str], None] = print) ->
         write(f"Note: {note}")
     write(f"Written: {', '.join(f'{path} ({path.stat().st_size / 1e6:.1f} MB)' for path in written)}")
     return 0
+
+
+def _unwritable(folder: Path) -> list[str]:
+    """Why nothing can be written to a folder, which is made if it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return [f"--out {folder} cannot be written: {error}"]
+    return [] if os.access(folder, os.W_OK) else [f"--out {folder} cannot be written: permission denied"]
 
 
 def _scored(inputs, arguments: argparse.Namespace) -> dict:
