@@ -234,7 +234,9 @@ def test_console_logs_of_one_folder_are_different_runs(tmp_path):
         (tmp_path / name / "log.txt").rename(tmp_path / f"{name}.log")
     sides, _ = read_sides([str(tmp_path / "*.log")])
     assert [side.label for side in sides] == ["grpo", "vimpo"]
-    assert [side.label for side in read_sides([str(tmp_path)])[0]] == [f"{tmp_path.name}/{n}" for n in ("grpo", "vimpo")]
+    assert [side.label for side in read_sides([str(tmp_path)])[0]] == [
+        f"{tmp_path.name}/{n}" for n in ("grpo", "vimpo")
+    ]
 
 
 def test_tensorboard_of_a_resumed_run_is_one_run_and_of_two_runs_is_refused(tmp_path):
@@ -289,7 +291,6 @@ def test_paths_that_are_not_there_are_named_as_they_were_meant(tmp_path):
     missing = [f"{tmp_path}/lr=1,seed=2", f"{tmp_path}/b", "none", "no", "zero"]
     sides, unreadable = read_sides(given)
     assert [side.label for side in sides] == ["x"] and unreadable == [f"{path} does not exist" for path in missing]
-
 
 
 def test_runs_of_one_name_are_seeds_of_one_side(tmp_path):

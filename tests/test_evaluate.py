@@ -213,7 +213,9 @@ def evaluation(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model.safetensors").write_bytes(b"weights")
     write_data(tmp_path / "aime.parquet")
-    (tmp_path / "reward.py").write_text("def compute_score(s, response, truth, e=None): return float(response == truth)")
+    (tmp_path / "reward.py").write_text(
+        "def compute_score(s, response, truth, e=None): return float(response == truth)"
+    )
 
     def once(*more):
         before = StandIn.generated
@@ -249,7 +251,9 @@ def test_a_changed_reward_or_ground_truth_gives_new_numbers_of_the_same_response
     assert evaluation() == (0.0, 0)
     (tmp_path / "other.py").write_text("def compute_score(*a): return 1.0")
     assert evaluation("--reward", str(tmp_path / "other.py")) == (1.0, 0)
-    (tmp_path / "reward.py").write_text("def compute_score(s, response, truth, e=None): return float(response == truth)")
+    (tmp_path / "reward.py").write_text(
+        "def compute_score(s, response, truth, e=None): return float(response == truth)"
+    )
     write_data(tmp_path / "aime.parquet", truth="5")
     assert evaluation() == (0.0, 0)
     (row,) = [json.loads(line) for line in (tmp_path / "responses/aime.jsonl").read_text().split("\n")[1:-1]]

@@ -90,7 +90,9 @@ def find_runs(path: Path) -> list[Source]:
     logs = sorted(file for pattern in _LOGS for file in path.glob(pattern) if file.is_file())
     if not found:
         found = [Source(log, "console", (log,)) for log in logs if _has_step(log)]
-    empty = tuple(f"{file.name}: no step of a run in it (file)" for file in sorted(path.glob("*.jsonl")) if not _has_record(file))
+    empty = tuple(
+        f"{file.name}: no step of a run in it (file)" for file in sorted(path.glob("*.jsonl")) if not _has_record(file)
+    )
     if not found:
         said = [*empty, *(f"{log.name}: no step of a run in it (console)" for log in logs)]
         nothing = "no metrics*.jsonl, no TensorBoard events, no console log in it"

@@ -3,9 +3,16 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const readout = document.getElementById("readout");
 const SVG = "http://www.w3.org/2000/svg";
-const HEIGHT = 120, LEFT = 26, RIGHT = 88, TOP = 10, BOTTOM = 16;
+const HEIGHT = 120, LEFT = 26, TOP = 14, BOTTOM = 16;
+const GAP = 11;      // between a curve's end and its labels
 const POINTS = 500;  // of a curve; a longer one keeps the extremes of each part
 const FULL = 0.75;   // opacity of the strongest colour: text stays readable on it
+// Marks that turn the direction of text around, some of them up to the end of the paragraph, and show nothing themselves.
+const MARKS = {
+  "\u061c": "ALM", "\u200e": "LRM", "\u200f": "RLM", "\u202a": "LRE", "\u202b": "RLE", "\u202c": "PDF", "\u202d": "LRO",
+  "\u202e": "RLO", "\u2066": "LRI", "\u2067": "RLI", "\u2068": "FSI", "\u2069": "PDI",
+};
+const MARK = new RegExp(`([${Object.keys(MARKS).join("")}])`);
 let quantity = "td", withRewards = false, held = null;
 
 const element = (tag, className, text) => {
@@ -24,6 +31,20 @@ const signed = (x, digits = 3) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(di
 const precise = (x) => (x === 0 ? "0" : (x < 0 ? "−" : "+") + Math.abs(x).toPrecision(3));
 const small = (x) => (Math.abs(x) < 0.01 ? precise(x) : signed(x));
 
+// Text as it is, each mark isolated and with its name: what is after it keeps its direction.
+function shown(text) {
+  return text.split(MARK).map((part) => {
+    if (!(part in MARKS)) return part;
+    const mark = element("bdi", "mark", part);
+    mark.dataset.mark = MARKS[part];
+    return mark;
+  });
+}
+// In one line, with escapes for whatever cannot be seen.
+const escaped = (text) => JSON.stringify(text).replace(
+  /[\p{Cf}\p{Zl}\p{Zp}]/gu, (c) => [...Array(c.length).keys()].map((i) => "\\u" + c.charCodeAt(i).toString(16).padStart(4, "0")).join(""),
+);
+
 // ---- tokens ----
 
 // The value is coloured by how far it has come from V0: V(s_t) + S = sum of td before t.
@@ -38,6 +59,7 @@ function background(x) {
 function tokenElement(answer, t) {
   const tokens = answer.tokens, text = tokens.text[t], made = element("span");
   made.dataset.t = t;
+  made.tabIndex = t === 0 ? 0 : -1;  // Tab comes to one token of an answer, arrow keys to the others
   if (tokens.special?.[t]) made.className = "special";
   if (tokens.mask && !tokens.mask[t]) made.classList.add("foreign");
   if (text === "") made.append(element("i", "glyph", "·"));  // a part of the character that a later token completes
@@ -45,7 +67,7 @@ function tokenElement(answer, t) {
     // A line break is visible, and still breaks the line.
     text.split("\n").forEach((line, i) => {
       if (i > 0) made.append(element("i", "glyph", "↵"), "\n");
-      made.append(line);
+      made.append(...shown(line));
     });
   }
   return made;
@@ -83,13 +105,24 @@ function thinned(curve) {
   return points;
 }
 
-// R is off the scale while values are small beside rewards: then its place is the edge, with an arrow.
-function plot(answer, [low, high], width) {
-  const curve = curveOf(answer), last = curve.length - 1;
-  const x = (t) => LEFT + (t / last) * (width - LEFT - RIGHT);
-  const y = (v) => TOP + ((high - Math.min(Math.max(v, low), high)) / (high - low)) * (HEIGHT - TOP - BOTTOM);
+// What stands at the end of a curve: place and text of R and S.
+function labelsOf(answer, [low, high]) {
   const off = answer.reward > high ? "↑ " : answer.reward < low ? "↓ " : "";
-  const end = answer.baseline + answer.judgement, right = width - RIGHT;
+  return [`${off}R ${+answer.reward.toPrecision(3)}`, `S ${small(answer.judgement)}`];
+}
+const pen = document.createElement("canvas").getContext("2d");
+function widthOf(text) {
+  pen.font = `11px ${getComputedStyle(document.body).fontFamily}`;
+  return pen.measureText(text).width;
+}
+
+// R is off the scale while values are small beside rewards: then its place is the edge, with an arrow.
+function plot(answer, [low, high], width, margin) {
+  const curve = curveOf(answer), last = curve.length - 1;
+  const x = (t) => LEFT + (t / last) * (width - LEFT - margin);
+  const y = (v) => TOP + ((high - Math.min(Math.max(v, low), high)) / (high - low)) * (HEIGHT - TOP - BOTTOM);
+  const off = answer.reward > high || answer.reward < low;
+  const end = answer.baseline + answer.judgement, right = width - margin;
   const label = `value from V0 ${answer.baseline.toFixed(3)} to ${end.toFixed(3)}, reward ${answer.reward}`;
   const made = drawn("svg", {viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": label});
   const level = (v) => ({x1: LEFT, x2: right, y1: y(v), y2: y(v)});
@@ -101,16 +134,16 @@ function plot(answer, [low, high], width) {
     drawn("path", {class: "curve", d: "M" + points.join("L")}),
     drawn("circle", {class: "end", cx: right, cy: y(end), r: 3.5}),
     drawn("text", {x: LEFT - 5, y: y(answer.baseline) + 4, "text-anchor": "end"}, "V0"),
-    drawn("text", {x: LEFT, y: HEIGHT - 2}, "token 1"),
-    drawn("text", {x: right, y: HEIGHT - 2, "text-anchor": "end"}, String(last)),
+    drawn("text", {x: LEFT, y: HEIGHT - 3}, "token 1"),
+    drawn("text", {x: right, y: HEIGHT - 3, "text-anchor": "end"}, String(last)),
   );
   // The labels at the end keep apart, whatever the numbers are.
-  const reward = `${off}R ${+answer.reward.toPrecision(3)}`;
-  const labels = [[y(answer.reward), reward], [y(end), `S ${small(answer.judgement)}`]];
+  const [reward, judgement] = labelsOf(answer, [low, high]);
+  const labels = [[y(answer.reward), reward], [y(end), judgement]];
   const apart = 13, upper = labels[0][0] <= labels[1][0] ? 0 : 1;
   const overlap = apart - (labels[1 - upper][0] - labels[upper][0]);
   if (overlap > 0) { labels[upper][0] -= overlap / 2; labels[1 - upper][0] += overlap / 2; }
-  for (const [at, text] of labels) made.append(drawn("text", {x: right + 11, y: at + 4}, text));
+  for (const [at, text] of labels) made.append(drawn("text", {x: right + GAP, y: at + 4}, text));
   const cursor = drawn("line", {class: "cursor", x1: 0, x2: 0, y1: TOP, y2: HEIGHT - BOTTOM, visibility: "hidden"});
   made.append(cursor);
   made.showAt = (t) => {
@@ -130,7 +163,7 @@ function show(box, t) {
     ["td", precise(at("td"))], ["V(s_t)", precise(at("value"))], ["from V0", precise(at("value") + answer.judgement)],
     ["A", precise(at("advantage"))],
   ];
-  const text = at("text") === "" ? "part of a character" : JSON.stringify(at("text"));
+  const text = at("text") === "" ? "part of a character" : escaped(at("text"));
   readout.replaceChildren(element("code", "", text), ...fields.map(([name, value]) => {
     const field = element("span", "", `${name} `);
     field.append(element("b", "", value));
@@ -143,27 +176,40 @@ function show(box, t) {
   return span;
 }
 
+function hold(box, t) {
+  if (held && held.box !== box) release();
+  held = {box, t};
+  for (const stop of box.querySelectorAll('.tokens [tabindex="0"]')) stop.tabIndex = -1;
+  show(box, t).tabIndex = 0;
+}
+function release() {
+  held?.box.plot.showAt(null);
+  held = null;
+}
+
 document.addEventListener("pointerover", (event) => {
   const span = event.target.closest?.(".tokens span");
   if (span && !held) show(span.closest(".answer"), +span.dataset.t);
   else if (!span && !held) for (const box of document.querySelectorAll(".answer")) box.plot.showAt(null);
 });
-document.addEventListener("click", (event) => {
-  if (event.target.closest?.("nav, header, summary")) return;
+document.addEventListener("focusin", (event) => {
   const span = event.target.closest?.(".tokens span");
-  if (held) held.box.plot.showAt(null);
-  held = span ? {box: span.closest(".answer"), t: +span.dataset.t} : null;
-  if (held) show(held.box, held.t);
+  if (span) hold(span.closest(".answer"), +span.dataset.t);
+});
+document.addEventListener("click", (event) => {
+  if (!event.target.closest?.("nav, header, summary, .tokens span")) release();
 });
 document.addEventListener("keydown", (event) => {
-  if (!held || event.target.matches?.("input")) return;
-  if (event.key === "Escape") { held.box.plot.showAt(null); held = null; return; }
-  const step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
-  const t = held.t + (step ?? 0);
-  if (!step || t < 0 || t >= held.box.answer.tokens.id.length) return;
+  const span = event.target.closest?.(".tokens span");
+  if (!span || event.altKey || event.ctrlKey || event.metaKey) return;
+  if (event.key === "Escape") { span.blur(); release(); return; }
+  const t = +span.dataset.t, last = span.closest(".answer").answer.tokens.id.length - 1;
+  const to = {ArrowLeft: t - 1, ArrowRight: t + 1, Home: 0, End: last}[event.key];
+  if (to === undefined) return;
   event.preventDefault();
-  held.t = t;
-  show(held.box, t).scrollIntoView({block: "nearest"});
+  const next = span.closest(".tokens").querySelector(`[data-t="${Math.min(Math.max(to, 0), last)}"]`);
+  next.focus({preventScroll: true});
+  next.scrollIntoView({block: "nearest"});
 });
 
 // ---- prompts ----
@@ -184,6 +230,8 @@ function answerElement(answer, number) {
   }
   numbers.title = answer.where;
   const text = element("div", "tokens");
+  text.setAttribute("role", "group");
+  text.setAttribute("aria-label", `tokens of answer ${number}; arrow keys, Home and End walk`);
   text.append(...answer.tokens.id.map((_, t) => tokenElement(answer, t)));
   box.append(numbers, box.plot, text);
   paint(box);
@@ -213,7 +261,9 @@ function rangeOf(prompt) {
 
 function fill(section, prompt) {
   const body = element("div", "body");
-  body.append(element("div", "question", prompt.text));
+  const question = element("div", "question");
+  question.append(...shown(prompt.text));
+  body.append(question);
   const sides = sidesOf(prompt), grid = element("div", sides.length > 1 ? "sides" : "sides one");
   for (const {title, members} of sides) {
     const column = element("section");
@@ -229,8 +279,9 @@ function fill(section, prompt) {
 // In pixels of the place there is, so that letters keep their size.
 function drawCurves(section, prompt) {
   const range = rangeOf(prompt);
+  const margin = GAP + 3 + Math.ceil(Math.max(...prompt.answers.flatMap((answer) => labelsOf(answer, range)).map(widthOf)));
   for (const box of section.open ? section.querySelectorAll(".answer") : []) {
-    const made = plot(box.answer, range, Math.max(box.plot.clientWidth, LEFT + RIGHT + 60));
+    const made = plot(box.answer, range, Math.max(box.plot.clientWidth, LEFT + margin + 60), margin);
     box.plot.replaceWith(made);
     box.plot = made;
   }
@@ -239,7 +290,9 @@ const drawAll = () => sections.forEach((section, i) => drawCurves(section, data.
 
 const sections = data.prompts.map((prompt, i) => {
   const section = element("details", "prompt"), head = element("summary");
-  head.append(element("b", "", `Prompt ${i + 1}`), element("code", "", prompt.text.replace(/\s+/g, " ")),
+  const text = element("code");
+  text.append(...shown(prompt.text.replace(/\s+/g, " ")));
+  head.append(element("b", "", `Prompt ${i + 1}`), text,
     element("em", "", `V0 ${prompt.baseline.toFixed(3)}, ${prompt.answers.length} answers`));
   section.append(head);
   section.addEventListener("toggle", () => {

@@ -10,6 +10,8 @@ import html as escaping
 import json
 from importlib import resources
 
+# What turns the direction of text around: the page shows it by name, and its source does not have it.
+BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _DIGITS = 4  # of the numbers in the page; credit.json has all
 _NUMBERS = ("log_prob", "ref_log_prob", "kl", "td", "value", "advantage")
 
@@ -38,7 +40,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}';
 KEY = (
     "R: reward. V0: mean reward of the prompt's answers. S = Σ td: the policy's own judgement. Residual = S − (R − V0)."
 )
-HINT = "Point at a token for its numbers; a click holds it, arrow keys walk."
+HINT = "Point at a token for its numbers; a click or the Tab key holds it, arrow keys walk, Escape lets go."
 
 
 def html(data: dict) -> str:
@@ -104,7 +106,7 @@ def _as_data(data: dict) -> str:
     """JSON that cannot end its script element, whatever text is in it."""
     text = json.dumps(_for_page(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # JSON has these in strings only, where the escapes mean the same. Lone surrogates cannot be written as UTF-8.
-    for character in "<>&\u2028\u2029":
+    for character in f"<>&\u2028\u2029{BIDI}":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
