@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from vimpo_verl.compare import command as compare
 from vimpo_verl.credit import command as credit
 
-
 CLOSED_PIPE = 141  # as a shell has it of a program that SIGPIPE ended
 
 
