@@ -241,12 +241,16 @@ def test_console_logs_of_one_folder_are_different_runs(tmp_path):
 
 def test_tensorboard_of_a_resumed_run_is_one_run_and_of_two_runs_is_refused(tmp_path):
     def write(name, found):
-        write_tensorboard(tmp_path / name, found)
-        for file in (tmp_path / name / "tensorboard").glob("*.0"):  # numbered in a process, by verl one a process
-            file.rename(file.with_name(f"events.out.tfevents.{len(list(file.parent.iterdir())):010}"))
+        """A file a start; TensorBoard names it by the second, in which several may start here."""
+        write_tensorboard(tmp_path / name / "new", found)
+        (file,) = (tmp_path / name / "new/tensorboard").iterdir()
+        (tmp_path / name / "tensorboard").mkdir(exist_ok=True)
+        start = len(list((tmp_path / name / "tensorboard").iterdir()))
+        file.rename(tmp_path / name / f"tensorboard/events.out.tfevents.{start:010}")
 
     write("resumed", records(6, reward=0.1))
-    write("resumed", [record for record in records(12, reward=0.9) if record["step"] > 4])
+    for _ in range(2):  # twice from the same checkpoint
+        write("resumed", [record for record in records(12, reward=0.9) if record["step"] > 4])
     run = read_run(tmp_path / "resumed")
     assert sorted(run.steps) == list(range(13)) and run.steps[5]["critic/score/mean"] == pytest.approx(0.9 * 5 / 12)
     write("two", records(6))
@@ -287,8 +291,9 @@ def test_paths_of_hydras_multirun(tmp_path, monkeypatch, prefix):
 
 def test_paths_that_are_not_there_are_named_as_they_were_meant(tmp_path):
     write_file(tmp_path / "a", records(2))
-    given = [f"{tmp_path}/lr=1,seed=2", f"x={tmp_path}/a,{tmp_path}/b", "y=none,no", "zero"]
-    missing = [f"{tmp_path}/lr=1,seed=2", f"{tmp_path}/b", "none", "no", "zero"]
+    long = "x" * 200
+    given = [f"{long},{long}", f"{tmp_path}/lr=1,seed=2", f"x={tmp_path}/a,{tmp_path}/b", "y=none,no", "zero"]
+    missing = [long, long, f"{tmp_path}/lr=1,seed=2", f"{tmp_path}/b", "none", "no", "zero"]
     sides, unreadable = read_sides(given)
     assert [side.label for side in sides] == ["x"] and unreadable == [f"{path} does not exist" for path in missing]
 

@@ -3,6 +3,7 @@
 import argparse
 import glob
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -158,7 +159,7 @@ def _paths(text: str) -> tuple[list[Path], int]:
 
 
 def _existing(pattern: str) -> list[Path]:
-    if pattern and Path(pattern).exists():
+    if os.path.exists(pattern):  # Path.exists() raises where a list of paths is too long for a name
         return [Path(pattern)]
     return [Path(match) for match in sorted(glob.glob(pattern))]
 

@@ -153,14 +153,13 @@ def read_source(source: Source) -> RunLog:
         UnreadableRun: there is no step in it, or its files are not of one run.
     """
     run = RunLog(name=str(source.path), problems=list(source.problems))
-    first = None
+    first = None  # step of the run
     for file in source.files:
         records = list(_READERS[source.kind](file, run.problems))
         start = min((step for step, _ in records), default=None)
-        if source.kind == "tensorboard" and start is not None:
-            if first is not None and start <= first:
-                raise UnreadableRun(_starts_over(source, file, start))
-            first = start
+        if source.kind == "tensorboard" and None not in (first, start) and start <= first:
+            raise UnreadableRun(_starts_over(source, file, start))
+        first = start if first is None else first
         for step, values in records:
             run.steps.setdefault(step, {}).update(_finite(step, values, run.problems))
     names = ", ".join(file.name for file in source.files)
