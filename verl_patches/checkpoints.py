@@ -1,17 +1,23 @@
 """Seam: which checkpoints are complete.
 
 Touches PPOTrainer._save_checkpoint and _load_checkpoint, by subclassing: VIMPO's trainers derive from
-CheckpointedTrainer. Checked against verl 0.9.1; no upstream issue.
+CheckpointedTrainer; and the attribute checkpoint_callback (new in 0.9.1), for the length of a save. Checked against
+verl 0.9.1; no upstream issue.
 
 verl writes a checkpoint's files, then `latest_checkpointed_iteration.txt`, the tracker, and loads whatever folder the
 tracker names. So a run that is killed while it writes is no problem, but a file that a power cut, a full disk or a broken
 copy left short is found out by torch.load, deep in a worker, and a tracker that is empty by int(''). Here a folder carries
-a mark while it is being written and a record of its files and their sizes once they are on the disk.
+a mark while it is being written and, once its files are on the disk, a record of those that resuming needs, with their
+sizes. What else is in the folder (actor/huggingface, merged models, evaluations) may change or go.
+
+verl calls trainer.checkpoint_callback_class when its own files are written; here that call waits for the record, so that
+the callback may copy or move a complete checkpoint.
 
 The record covers what the driver can see: on several nodes, checkpoints belong on a file system that they share.
 """
 
 import contextlib
+import errno
 import inspect
 import json
 import math
@@ -24,19 +30,31 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from vimpo_verl.checkpoint import remove_derived
+
 RECORD = "vimpo_checkpoint.json"  # {"files": {relative path: bytes}}
 MARK = "vimpo_checkpoint.unfinished"
 TRACKER = "latest_checkpointed_iteration.txt"
+# What PPOTrainer._load_checkpoint and FSDPCheckpointManager.load_checkpoint read, LoRA included.
+NEEDED = re.compile(r"actor/(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt|data\.pt|transfer_queue/.+")
+# How file systems say that they do not synchronise folders; any other error, such as EIO, is one.
+NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def begin(folder: Path) -> None:
-    """Mark a checkpoint's folder as one that is being written, whatever an earlier attempt left there."""
+    """Mark a checkpoint's folder as one that is being written, whatever an earlier attempt left there.
+
+    What the tools of this package made of that attempt is removed: it belongs to other weights.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / MARK, "")
+    removed = [str(path.relative_to(folder)) for path in remove_derived(folder)]
+    if removed:
+        _say(f"the checkpoint {folder} is written again: removed {', '.join(removed)}, made of what was there before")
 
 
 def finish(folder: Path) -> None:
-    """Force a checkpoint's files to the disk and record them. Only then is it complete.
+    """Force a checkpoint's files to the disk and record those that resuming needs. Only then is it complete.
 
     Args:
         folder: `global_step_<n>`, with everything that belongs to it.
@@ -44,10 +62,10 @@ def finish(folder: Path) -> None:
     files = _files(folder)
     for path in files:
         _force_to_disk(path)
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    _write(folder / RECORD, json.dumps({"files": sizes}, indent=1))
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    _write(folder / RECORD, json.dumps({"files": _needed(sizes)}, indent=1))
     (folder / MARK).unlink()
-    _force_to_disk(folder)
+    _force_folder_to_disk(folder)
 
 
 def fault(folder: Path) -> str | None:
@@ -62,8 +80,8 @@ def fault(folder: Path) -> str | None:
     if not (folder / RECORD).exists():
         return None
     try:
-        sizes = json.loads((folder / RECORD).read_text())["files"]
-    except (ValueError, KeyError, TypeError) as error:
+        sizes = _needed(json.loads((folder / RECORD).read_text())["files"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{RECORD} cannot be read ({type(error).__name__}: {error})"
     for name, size in sizes.items():
         path = folder / name
@@ -72,6 +90,11 @@ def fault(folder: Path) -> str | None:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
     return None
+
+
+def _needed(sizes: dict[str, int]) -> dict[str, int]:
+    """Of {relative path: bytes} what resuming needs; records of earlier versions name every file of the folder."""
+    return {name: size for name, size in sizes.items() if NEEDED.fullmatch(name)}
 
 
 def has_record(folder: Path) -> bool:
@@ -130,7 +153,7 @@ def _write(path: Path, text: str) -> None:
     new.write_text(text)
     _force_to_disk(new)
     new.rename(path)
-    _force_to_disk(path.parent)
+    _force_folder_to_disk(path.parent)
 
 
 def _force_to_disk(path: Path) -> None:
@@ -139,6 +162,15 @@ def _force_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _force_folder_to_disk(folder: Path) -> None:
+    """Names in a folder; file systems that cannot be told to (some network ones) keep them in an order of their own."""
+    try:
+        _force_to_disk(folder)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
 
 
 def install(v1: ModuleType) -> None:
@@ -158,33 +190,40 @@ class CheckpointedTrainer:
     """In front of a v1 trainer: complete checkpoints have a record, torn ones are refused by name."""
 
     def _save_checkpoint(self) -> None:
-        """As verl's.
+        """As verl's; trainer.checkpoint_callback_class hears of it when the checkpoint is complete.
 
         Raises:
             RuntimeError: the checkpoint could not be written; it stays marked, and the one before it valid.
+            Exception: whatever the callback raises.
         """
         root = Path(self.config.trainer.default_local_dir)
         folder = root / f"global_step_{self.global_steps}"
         try:
             begin(folder)
-            super()._save_checkpoint()
+            with _callback_held_back(self) as held:
+                super()._save_checkpoint()
             finish(folder)
         except Exception as error:
             raise RuntimeError(_not_written(self.global_steps, folder, error)) from error
+        self._run_checkpoint_callback(held)
+
+    def _run_checkpoint_callback(self, held: "_HeldBack") -> None:
+        for arguments in held.calls:
+            self.checkpoint_callback.on_save(**arguments)
 
     def _load_checkpoint(self) -> None:
         """As verl's, from a checkpoint that is complete.
 
         Raises:
-            ValueError: trainer.resume_mode=resume_path names one that is torn.
+            ValueError: trainer.resume_mode=resume_path names one that is torn; or, with resume_mode=auto, there have been
+                checkpoints and none is complete.
         """
         trainer = self.config.trainer
         if trainer.resume_mode == "auto":
-            chosen, refused = latest_complete(Path(trainer.default_local_dir).absolute())
-            for sentence in refused:
-                _say(sentence)
+            root = Path(trainer.default_local_dir).absolute()
+            chosen, refused = latest_complete(root)
             if refused:
-                _say(f"going on from {chosen}" if chosen else "no complete checkpoint: training from the start")
+                _say_or_stop(root, chosen, refused)
                 with _resuming_from(trainer, chosen):
                     super()._load_checkpoint()
                 return
@@ -201,6 +240,49 @@ class CheckpointedTrainer:
         if chosen and not has_record(chosen):
             _say(f"{chosen} was written without VIMPO's trainer and has no record of its files: taken as it is")
         super()._load_checkpoint()
+
+
+class _HeldBack:
+    """Takes the calls that verl makes of its checkpoint callback, for later; for anything else it is the callback."""
+
+    def __init__(self, callback: Any):
+        self.callback, self.calls = callback, []
+
+    def on_save(self, **arguments) -> None:
+        self.calls.append(arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.callback, name)
+
+
+@contextlib.contextmanager
+def _callback_held_back(trainer: Any) -> Iterator[_HeldBack]:
+    """verl calls nobody while it saves; verl 0.9.0 has no callback."""
+    callback = getattr(trainer, "checkpoint_callback", None)
+    trainer.checkpoint_callback = held = _HeldBack(callback)
+    try:
+        yield held
+    finally:
+        trainer.checkpoint_callback = callback
+
+
+def _say_or_stop(root: Path, chosen: Path | None, refused: list[str]) -> None:
+    """Name the checkpoints that are passed over; without a tracker no save has ended yet, and the start is the right one.
+
+    Raises:
+        ValueError: there is a tracker, so training has come further than the start, and no complete checkpoint.
+    """
+    if chosen is None and (root / TRACKER).exists():
+        raise ValueError(
+            f"trainer.resume_mode=auto: {root / TRACKER} says that there are checkpoints, but none is complete:\n"
+            + "".join(f"  - {sentence}\n" for sentence in refused)
+            + "Put a complete one back, or name one that is elsewhere: trainer.resume_mode=resume_path "
+            "trainer.resume_from_path=.../global_step_N. To start from step 0 on purpose, write "
+            f"trainer.resume_mode=disable or, for a job that starts itself again, remove {root / TRACKER}"
+        )
+    for sentence in refused:
+        _say(sentence)
+    _say(f"going on from {chosen}" if chosen else "no checkpoint has been completed yet: training from the start")
 
 
 def _not_written(step: int, folder: Path, error: Exception) -> str:
