@@ -12,7 +12,9 @@ ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
 LOSSES = "verl.workers.utils.losses"
 PADDING = "verl.workers.utils.padding"
 AGENT_LOOP = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ"
+REPLAY_BUFFER = "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer"
 STEP = ("self", "batch", "metrics")
+STATES = ("partitions", "pending_keys", "running_keys", "finished_keys", "failure_keys")
 
 # seam (a name in verl_patches.seams, or "cpu: ..." for verl_patches/cpu) -> what it relies on
 CONTRACT = {
@@ -180,6 +182,11 @@ CONTRACT = {
             f"{TRAINER}._load_checkpoint",
             Mentions(("resume_mode", "resume_from_path", "default_local_dir", "find_latest_ckpt_path", "global_step_")),
         ),
+        (f"{TRAINER}._load_checkpoint", Mentions(("actor", "data.pt", "transfer_queue"))),  # checkpoints.NEEDED
+        (
+            "verl.utils.checkpoint.fsdp_checkpoint_manager:FSDPCheckpointManager.load_checkpoint",
+            Mentions(("model_world_size_", "optim_world_size_", "extra_state_world_size_", "_rank_", ".pt")),
+        ),
         ("verl.utils.checkpoint.checkpoint_manager:get_checkpoint_tracker_filename", Called(1)),
         (
             f"{WORKERS}:ActorRolloutRefWorker.save_checkpoint",
@@ -191,7 +198,9 @@ CONTRACT = {
         (f"{TRAINER}.step", Mentions(("_step_once",))),
         (f"{TRAINER}._step_once", Mentions(("on_sample_begin", "on_sample_end", "_balance_batch", "replay_buffer"))),
         (f"{TRAINER}._balance_batch", Called(2, ("metrics",))),
-        ("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.__init__", Mentions(("pending_keys", "running_keys"))),
+        (f"{REPLAY_BUFFER}.__init__", Mentions(STATES)),
+        (f"{REPLAY_BUFFER}._sync_metadata_from_transfer_queue", Mentions((*STATES, "kv_list", "is_prompt", "status"))),
+        (f"{AGENT_LOOP}._agent_loop_postprocess", Mentions(("_compute_score", "async_kv_batch_put"))),  # rewards, then both
     ],
     "reward noise": [
         (f"{TRAINER}._compute_advantage", Parameters(STEP)),

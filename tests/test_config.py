@@ -35,7 +35,7 @@ def test_the_defaults_are_those_of_the_design():
         "beta": 5e-4, "actor_coeff": "auto", "actor_alpha": 0.1, "actor_trust": True, "kl_estimator": "exact",
         "whiten": True, "use_actor": True, "value_loss_type": "squared_error", "huber_delta": 0.5,
         "baseline": "group_mean", "baseline_cap": None, "kappa_policy": "old",
-        "stage_timeout": 7200.0,
+        "stage_timeout": "auto", "validation_timeout": "auto", "startup_timeout": "auto",
     }  # fmt: skip
     assert parsed(**PAPER_RECIPE) == VimpoConfig(actor_coeff=5e-3, actor_trust=False)
 
@@ -54,7 +54,7 @@ def test_everything_at_once():
     section = dict(
         beta=0.01, actor_coeff="auto", actor_alpha=0.3, actor_trust=False, kl_estimator="k3", whiten=True,
         use_actor=True, value_loss_type="huber", huber_delta=0.25, baseline="leave_one_out", baseline_cap=0.9,
-        kappa_policy="current", stage_timeout=60.0,
+        kappa_policy="current", stage_timeout=60.0, validation_timeout=None, startup_timeout=600.0,
     )  # fmt: skip
     assert asdict(parsed(**section)) == section
     assert set(section) == {field.name for field in fields(VimpoConfig)}
@@ -73,6 +73,8 @@ BAD_VALUES = {
     "baseline": ["mean", None],
     "baseline_cap": ["x", True, math.nan],
     "stage_timeout": [0, -1, "never", True, math.inf],
+    "validation_timeout": [0, "none", False, math.nan],
+    "startup_timeout": [-1, "", [60]],
     "kappa_policy": ["new", None],
 }
 
@@ -86,6 +88,14 @@ def test_a_bad_value_is_named_with_what_to_write(name, value):
 
 def test_every_key_has_bad_values_to_test():
     assert set(BAD_VALUES) == {field.name for field in fields(VimpoConfig)}
+
+
+@pytest.mark.parametrize("name", ["stage_timeout", "validation_timeout", "startup_timeout"])
+def test_a_timeout_is_seconds_auto_or_nothing(name):
+    for value, taken in (("auto", "auto"), (None, None), ("90", 90.0), (7200, 7200.0)):
+        assert getattr(parsed(**{name: value}), name) == taken
+    (problem,) = problems_of(**{name: "null"})
+    assert problem.endswith("write auto, a number of seconds greater than 0, or null to be warned only")
 
 
 def test_k1_is_refused_with_the_reason():

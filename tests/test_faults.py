@@ -17,7 +17,7 @@ from tiny_process import ROOT, TinyRun
 
 from verl_patches.checkpoints import latest_complete
 
-BOUND = 75  # algorithm.vimpo.stage_timeout of the runs that hang; the start-up has to fit into it, too
+BOUND = 75  # algorithm.vimpo.stage_timeout of the runs that hang
 BOUND_OF_TWO_RANKS = 150
 SHUTDOWN = 45  # seconds that a run has to end after it has noticed
 REWARD = (

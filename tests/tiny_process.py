@@ -34,7 +34,7 @@ class TinyRun:
             "RESPONSES": "4",
             "ALGO": "vimpo",
             "OUT": str(folder),
-            "PYTHONPATH": str(ROOT / "tests/plugins"),
+            "PYTHONPATH": f"{ROOT / 'tests/plugins'}:{ROOT}",  # this tree, wherever the environment's installation points
             "INCIDENT_FILE": str(self.incident_file),
             name: value,
             **environment,

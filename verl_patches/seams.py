@@ -69,7 +69,7 @@ SEAMS = (
         name="complete checkpoints",
         module="verl.trainer.ppo.v1",
         install="verl_patches.checkpoints:install",
-        touches="PPOTrainer._save_checkpoint, _load_checkpoint",
+        touches="PPOTrainer._save_checkpoint, _load_checkpoint, checkpoint_callback",
         how="subclass",
     ),
     Seam(

@@ -26,7 +26,7 @@ from verl_patches.checkpoints import CheckpointedTrainer
 from verl_patches.reward_noise import with_reward_noise
 from verl_patches.switch import is_vimpo, knobs_of
 from verl_patches.value_branch import ACTOR_COEFF, IS_REAL
-from verl_patches.watchdog import Watchdog, WatchedTrainer
+from verl_patches.watchdog import WatchedTrainer
 from verl_patches.worker import VimpoActorRolloutRefWorker
 from vimpo_verl.registrations import JointPassOutput, joint_pass_output
 
@@ -58,15 +58,6 @@ class VimpoTrainer:
         self.knobs, problems = knobs_of(config)
         if problems:
             raise ValueError("\n".join(problems))
-        self.watchdog = Watchdog(self.knobs.stage_timeout, self._describe_wait)
-
-    def _describe_wait(self, stage: str) -> str:
-        """What generation waits for, for the watchdog's message."""
-        if not stage.endswith("generation and rewards"):
-            return ""
-        buffer = self.replay_buffer
-        waiting = [*buffer.pending_keys["train"], *buffer.running_keys["train"]]
-        return f", waiting for the answers and rewards of {len(waiting)} prompts"
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args, **kwargs) -> KVBatchMeta:
         """As verl's; says how many responses verl has dropped, because their generation or reward raised."""

@@ -38,8 +38,11 @@ class VimpoConfig:
         huber_delta: where huber turns linear, in units of reward; > 0.
         baseline: V0: "group_mean" (the paper's) or "leave_one_out".
         baseline_cap: upper bound of V0, or None.
-        stage_timeout: seconds that one stage of a step (generation with rewards, update, checkpoint, weight sync, ...) may
-            take before the run is ended with a message, because verl itself waits for ever; > 0, or None.
+        stage_timeout: seconds, > 0, for which a stage of a step (generation with rewards, update, checkpoint, weight sync,
+            ...) may stand still before the run is ended, because verl itself waits for ever; None, it is only said; "auto",
+            it is said, and the run is ended after four hours where that can only mean that something is dead.
+        validation_timeout: the same for a validation.
+        startup_timeout: the same for what comes before the first step; "auto" never ends it.
     """
 
     beta: float = 5e-4
@@ -54,7 +57,9 @@ class VimpoConfig:
     huber_delta: float = 0.5
     baseline: str = "group_mean"
     baseline_cap: float | None = None
-    stage_timeout: float | None = 7200.0
+    stage_timeout: float | str | None = "auto"
+    validation_timeout: float | str | None = "auto"
+    startup_timeout: float | str | None = "auto"
 
 
 # The paper's recipe where it differs from the defaults (section 5: c_A = 5e-3, no trust factor).
@@ -92,8 +97,11 @@ _not_negative = section_reader.number_where(lambda number: number >= 0, "write a
 _cap = section_reader.number_where(lambda number: True, "write a number, or null for no cap")
 
 
-def _positive_or_none(value: Any) -> tuple[str, Any]:
-    return ("", None) if value is None else _positive(value)
+def _timeout(value: Any) -> tuple[str, Any]:
+    if value is None or value == "auto":
+        return "", value
+    complaint, seconds = _positive(value)
+    return ("write auto, a number of seconds greater than 0, or null to be warned only" if complaint else ""), seconds
 
 
 def _actor_coeff(value: Any) -> tuple[str, Any]:
@@ -129,5 +137,7 @@ _CHECKS = {
     "huber_delta": _positive,
     "baseline": one_of(*BASELINES),
     "baseline_cap": _number_or_none,
-    "stage_timeout": _positive_or_none,
+    "stage_timeout": _timeout,
+    "validation_timeout": _timeout,
+    "startup_timeout": _timeout,
 }
