@@ -200,7 +200,7 @@ CONTRACT = {
         (f"{TRAINER}._balance_batch", Called(2, ("metrics",))),
         (f"{REPLAY_BUFFER}.__init__", Mentions(STATES)),
         (f"{REPLAY_BUFFER}._sync_metadata_from_transfer_queue", Mentions((*STATES, "kv_list", "is_prompt", "status"))),
-        (f"{AGENT_LOOP}._agent_loop_postprocess", Mentions(("_compute_score", "async_kv_batch_put"))),  # rewards, then both
+        (f"{AGENT_LOOP}._agent_loop_postprocess", Mentions(("_compute_score", "async_kv_batch_put"))),
     ],
     "reward noise": [
         (f"{TRAINER}._compute_advantage", Parameters(STEP)),

@@ -1,4 +1,4 @@
-"""Claim: a stage that stands still is said, again and again, and at its bound the run is ended, with a message that names it.
+"""Claim: a stage that stands still is said, again and again, and at its bound the run is ended and the stage named.
 
 What goes on is left alone, however long it takes. verl's stages are all watched; validation and start-up have bounds of
 their own.
@@ -22,9 +22,9 @@ from verl_patches.watchdog import (
     CALLBACK,
     KNOBS,
     LONGEST_TICK,
+    STAGES,
     START_OF_TRAINING,
     START_UP,
-    STAGES,
     Stage,
     StageClock,
     StageTimeout,
@@ -41,6 +41,7 @@ FOR_EVER = 1e6  # seconds of grace: these tests' own process is not to be ended
 def looks(clock: StageClock, hours: float, seen=lambda minute: set()):
     """Looks at it every minute: the minutes of the warnings, and that of the end or None."""
     warned = []
+    clock.tick(0, seen(0))
     for minute in range(1, int(hours * 60) + 1):
         clock.tick(MINUTE, seen(minute))
         if clock.is_over:
@@ -56,6 +57,13 @@ def test_a_stage_that_stands_still_is_said_at_growing_intervals():
     assert looks(StageClock(Stage("sync"), 20 * MINUTE), hours=20) == ([5, 10], 20)
 
 
+def test_the_first_look_counts_no_time():
+    """The stage may have begun just before it, and the look before have been long ago."""
+    clock = StageClock(Stage("update"), MINUTE)
+    clock.tick(HOUR, {"answer"})
+    assert (clock.running, clock.still, clock.is_over) == (0, 0, False)
+
+
 def test_a_long_validation_goes_on_as_long_as_answers_come():
     """Ten hours, an answer every hour, with a bound of two."""
     clock = StageClock(Stage("validation"), 2 * HOUR)
@@ -69,17 +77,16 @@ def test_only_what_has_never_been_there_is_new():
     """verl's copy of the states is empty while it asks for them, and prompts that are evicted leave it."""
     states = [{"a", "b"}, set(), {"a"}, {"a", "b"}]
     clock = StageClock(Stage("generation"), HOUR)
-    assert looks(clock, hours=5, seen=lambda minute: states[minute % 4])[1] == 63  # all have been there by the third look
+    assert looks(clock, hours=5, seen=lambda minute: states[minute % 4])[1] == 60
 
 
 def test_a_stage_beyond_the_bound_is_ended_and_named(capfd):
     watchdog = Watchdog({"stage_timeout": 0.4}, describe=lambda stage: ", waiting for 3 prompts", grace=FOR_EVER)
     started = time.monotonic()
-    message = "step 7: generation has been running for 0 s, waiting for 3 prompts, more than algorithm.vimpo.stage_timeout=0.4"
-    with pytest.raises(StageTimeout, match=message):
-        with watchdog.watching():
-            watchdog.enter(Stage("step 7: generation"))
-            time.sleep(30)
+    message = "generation has been running for 0 s, waiting for 3 prompts, more than algorithm.vimpo.stage_timeout=0.4"
+    with pytest.raises(StageTimeout, match=f"step 7: {message}"), watchdog.watching():
+        watchdog.enter(Stage("step 7: generation"))
+        time.sleep(30)
     assert 0.4 <= time.monotonic() - started < 5
     said = capfd.readouterr().err
     assert said.count("the run will be ended at 0 s without anything new") == 2, "warnings before the end"
@@ -137,7 +144,8 @@ def test_without_a_bound_a_stage_is_only_warned_of(monkeypatch, capfd):
 def test_auto_ends_what_can_only_be_dead():
     """And no stage that shows the driver nothing and may take any time."""
     watchdog = watchdog_of(VimpoConfig())
-    bounds = {stage.name: watchdog._bound_of(stage) for stage in (START_UP, START_OF_TRAINING, CALLBACK, *STAGES.values())}
+    stages = (START_UP, START_OF_TRAINING, CALLBACK, *STAGES.values())
+    bounds = {stage.name: watchdog._bound_of(stage) for stage in stages}
     assert {name for name, bound in bounds.items() if bound} == {
         "generation and rewards", "putting the rollout to sleep", "the checkpoint", "the weight sync", "validation",
     }  # fmt: skip
@@ -156,7 +164,8 @@ def test_a_number_holds_for_every_stage():
 
 
 def run_program(program: str, timeout: float = 40) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=timeout)
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
 IN_A_THREAD = """
@@ -196,7 +205,8 @@ def test_a_process_that_was_stopped_has_not_waited():
             time.sleep(0.3)  # from here on stopped
             time.sleep(0.2)
     """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(signal.SIGSTOP)
     time.sleep(2.0)

@@ -34,7 +34,7 @@ class TinyRun:
             "RESPONSES": "4",
             "ALGO": "vimpo",
             "OUT": str(folder),
-            "PYTHONPATH": f"{ROOT / 'tests/plugins'}:{ROOT}",  # this tree, wherever the environment's installation points
+            "PYTHONPATH": f"{ROOT / 'tests/plugins'}:{ROOT}",  # this tree, not what is installed
             "INCIDENT_FILE": str(self.incident_file),
             name: value,
             **environment,

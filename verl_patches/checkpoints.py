@@ -10,8 +10,8 @@ copy left short is found out by torch.load, deep in a worker, and a tracker that
 a mark while it is being written and, once its files are on the disk, a record of those that resuming needs, with their
 sizes. What else is in the folder (actor/huggingface, merged models, evaluations) may change or go.
 
-verl calls trainer.checkpoint_callback_class when its own files are written; here that call waits for the record, so that
-the callback may copy or move a complete checkpoint.
+verl calls trainer.checkpoint_callback_class when its own files are written; here that call waits for the record, so
+that the callback may copy or move a complete checkpoint.
 
 The record covers what the driver can see: on several nodes, checkpoints belong on a file system that they share.
 """
@@ -215,8 +215,8 @@ class CheckpointedTrainer:
         """As verl's, from a checkpoint that is complete.
 
         Raises:
-            ValueError: trainer.resume_mode=resume_path names one that is torn; or, with resume_mode=auto, there have been
-                checkpoints and none is complete.
+            ValueError: trainer.resume_mode=resume_path names one that is torn; or, with resume_mode=auto, there have
+                been checkpoints and none is complete.
         """
         trainer = self.config.trainer
         if trainer.resume_mode == "auto":
@@ -267,7 +267,7 @@ def _callback_held_back(trainer: Any) -> Iterator[_HeldBack]:
 
 
 def _say_or_stop(root: Path, chosen: Path | None, refused: list[str]) -> None:
-    """Name the checkpoints that are passed over; without a tracker no save has ended yet, and the start is the right one.
+    """Name the checkpoints that are passed over. Without a tracker no save has ended yet: the start is right then.
 
     Raises:
         ValueError: there is a tracker, so training has come further than the start, and no complete checkpoint.

@@ -1,13 +1,13 @@
 """Seam: what happens when a stage of training stands still.
 
-Touches PPOTrainer's methods init, fit and STAGES, by subclassing: VIMPO's trainers derive from WatchedTrainer; and reads
-ReplayBuffer's partitions and keys by status. Checked against verl 0.9.1; no upstream issue.
+Touches PPOTrainer's methods init, fit and STAGES, by subclassing: VIMPO's trainers derive from WatchedTrainer; and
+reads ReplayBuffer's partitions and keys by status. Checked against verl 0.9.1; no upstream issue.
 
-verl waits without a bound for answers, rewards and weight syncs: a reward that never returns is a run that stands still in
-silence until somebody looks. Here a thread knows which stage the trainer is in and looks at what the driver can see without
-asking anybody: prompts, answers and rewards in the replay buffer's own copy of their states, and the bytes of the checkpoint
-that is being written. While nothing new comes it says so, after half an hour, an hour, two hours and so on; at the stage's
-bound it ends the run, with the stage's name and the stacks of the process that waits.
+verl waits without a bound for answers, rewards and weight syncs: a reward that never returns is a run that stands still
+in silence until somebody looks. Here a thread knows which stage the trainer is in and looks at what the driver can see
+without asking anybody: prompts, answers and rewards in the replay buffer's own copy of their states, and the bytes of
+the checkpoint that is being written. While nothing new comes it says so, after half an hour, an hour, two hours and so
+on; at the stage's bound it ends the run, with the stage's name and the stacks of the process that waits.
 
 Processor time is not looked at: a collective that hangs spins, and the driver does not see the other nodes.
 """
@@ -72,18 +72,19 @@ class StageClock:
         self._next_warning = self._first_warning
 
     def tick(self, seconds: float, seen: AbstractSet) -> None:
-        """Time has passed.
+        """Look at the stage; the first look counts no time, because the stage may just have begun.
 
         Args:
-            seconds: since the last tick.
+            seconds: since the last look.
             seen: all that has come about so far. What has been seen before may be missing: verl empties its copy of
                 the states for a moment whenever it asks for them anew.
         """
-        self.running += seconds
-        self.still += seconds
         if self._seen is None:
             self._seen = set(seen)
-        elif seen - self._seen:
+            return
+        self.running += seconds
+        self.still += seconds
+        if seen - self._seen:
             self._seen |= seen
             self.still, self._next_warning = 0.0, self._first_warning
 
@@ -127,8 +128,8 @@ class Watchdog:
         """Watch for the length of the `with` block.
 
         Raises:
-            StageTimeout: wherever the main thread is, when a stage passes its bound. Another thread cannot be interrupted:
-                there the process ends.
+            StageTimeout: wherever the main thread is, when a stage passes its bound. Another thread cannot be
+                interrupted: there the process ends.
         """
         in_main_thread = threading.current_thread() is threading.main_thread()
         previous = signal.signal(SIGNAL, _interrupt) if in_main_thread else None
@@ -154,7 +155,8 @@ class Watchdog:
         return stage.auto_bound if timeout == "auto" else timeout
 
     def _watch(self, done: threading.Event, in_main_thread: bool) -> None:
-        interval = min([INTERVAL, *(timeout / 20 for timeout in self.timeouts.values() if isinstance(timeout, (int, float)))])
+        bounds = [timeout for timeout in self.timeouts.values() if isinstance(timeout, (int, float))]
+        interval = min([INTERVAL, *(bound / 20 for bound in bounds)])
         last = time.monotonic()
         while not done.wait(interval):
             now = time.monotonic()
@@ -181,7 +183,8 @@ class Watchdog:
         knob, timeout = clock.stage.knob, self.timeouts[clock.stage.knob]
         allowed = f"auto ({clock.bound:g} s)" if timeout == "auto" else f"{timeout:g}"
         self._verdict = (
-            f"{self._sentence(clock)}, more than {SECTION}.{knob}={allowed} allows: the run is ended. Above: where it waits"
+            f"{self._sentence(clock)}, more than {SECTION}.{knob}={allowed} allows: the run is ended. Above: where it "
+            "waits"
         )
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         _say(self._verdict)

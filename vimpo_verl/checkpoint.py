@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LATEST = "checkpoints/latest_checkpointed_iteration.txt"
-# What the tools of this package make of a checkpoint, inside its global_step_N: worth nothing once the step is saved again.
+# What the tools of this package make of a checkpoint, inside its global_step_N: void once the step is saved again.
 DERIVED = ("actor/merged", "actor/merged.part", "evaluation")
 SHARDS = "model_world_size_*_rank_*.pt"
 MADE_FROM = "made_from.json"  # in actor/merged: the sha256 of every file that it was merged from

@@ -38,9 +38,9 @@ class VimpoConfig:
         huber_delta: where huber turns linear, in units of reward; > 0.
         baseline: V0: "group_mean" (the paper's) or "leave_one_out".
         baseline_cap: upper bound of V0, or None.
-        stage_timeout: seconds, > 0, for which a stage of a step (generation with rewards, update, checkpoint, weight sync,
-            ...) may stand still before the run is ended, because verl itself waits for ever; None, it is only said; "auto",
-            it is said, and the run is ended after four hours where that can only mean that something is dead.
+        stage_timeout: seconds, > 0, for which a stage of a step (generation with rewards, update, checkpoint, weight
+            sync, ...) may stand still before the run is ended, because verl itself waits for ever; None, only said;
+            "auto", it is said, and the run is ended after four hours where that can only mean that something is dead.
         validation_timeout: the same for a validation.
         startup_timeout: the same for what comes before the first step; "auto" never ends it.
     """

@@ -1,7 +1,7 @@
 """A checkpoint callback of verl's: trainer.checkpoint_callback_class=checkpoint_store.Store.
 
-Step 1 is moved to $CHECKPOINT_STORE, others are copied there. A line a call in its seen.txt says what was wrong with the
-checkpoint then, if anything, and whether it had a record.
+Step 1 is moved to $CHECKPOINT_STORE, others are copied there. A line a call in its seen.txt says what was wrong with
+the checkpoint then, if anything, and whether it had a record.
 """
 
 import os
@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
+
 from verl_patches.checkpoints import fault, has_record
 
 
