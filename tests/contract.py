@@ -144,6 +144,22 @@ CONTRACT = {
             "verl.utils.experimental.torch_functional:FusedLinearForPPO.forward",
             Parameters(("self", "hidden_states", "vocab_weights", "input_ids", "temperature")),
         ),
+        # c_A in every loss_agg_mode
+        (
+            f"{ALGOS}:agg_loss",
+            Called(
+                0,
+                (
+                    "loss_mat",
+                    "loss_mask",
+                    "loss_agg_mode",
+                    "batch_num_tokens",
+                    "global_batch_size",
+                    "loss_scale_factor",
+                ),
+            ),
+        ),
+        (f"{TRAINER}._update_actor", Mentions(("global_batch_size", "ppo_mini_batch_size", "rollout", "n"))),
         # the value loss
         (f"{LOSSES}:ppo_loss", Called(0, ("config", "model_output", "data", "dp_group"))),
         (
@@ -256,6 +272,9 @@ CONFIG_KEYS = {
     "actor_rollout_ref.actor.kl_loss_coef": ANY,
     "actor_rollout_ref.actor.entropy_coeff": 0,
     "actor_rollout_ref.actor.ppo_epochs": 1,
+    "actor_rollout_ref.actor.ppo_mini_batch_size": ANY,
+    "actor_rollout_ref.actor.loss_agg_mode": "token-mean",
+    "actor_rollout_ref.actor.loss_scale_factor": None,
     "actor_rollout_ref.actor.use_prefix_grouper": False,
     "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 1,
     "actor_rollout_ref.ref.strategy": ANY,

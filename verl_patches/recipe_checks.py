@@ -7,6 +7,9 @@ calls them in the driver, before Ray starts.
 from collections.abc import Iterator
 from typing import Any
 
+from verl_patches.loss_aggregation import full_length_weight
+from vimpo_verl.config import VimpoConfig
+
 # Trainer modes of verl.trainer.ppo.v1 for which VIMPO has a trainer.
 TRAINER_MODES = ("sync", "colocate_async")
 STRATEGIES = ("fsdp", "fsdp2")
@@ -29,15 +32,16 @@ def problems(config: Any) -> list[str]:
     return found
 
 
-def warnings(config: Any, beta: float) -> list[str]:
-    """What runs, but perhaps not as meant. Arguments as for `problems`; beta is the knob's value."""
+def warnings(config: Any, knobs: VimpoConfig) -> list[str]:
+    """What runs, but perhaps not as meant. `config` as for `problems`; knobs: those of algorithm.vimpo."""
     found = []
     if config.actor_rollout_ref.rollout.n == 1:
         found.append(
             "actor_rollout_ref.rollout.n=1: every group has one response, so V0 = R and the value loss only pulls the "
             "policy to the reference; the paper uses 8"
         )
-    found += _extra_terms(config, beta)
+    found += _fixed_coefficient(config, knobs)
+    found += _extra_terms(config, knobs.beta)
     return found
 
 
@@ -194,6 +198,13 @@ def _losses(config: Any) -> Iterator[str]:
             f"actor_rollout_ref.actor.policy_loss.loss_mode={mode}: VIMPO brings its own policy loss; remove "
             "actor_rollout_ref.actor.policy_loss.loss_mode"
         )
+    if actor.get("loss_agg_mode") == "seq-mean-token-sum-norm" and actor.get("loss_scale_factor") is None:
+        yield (
+            "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm without a loss_scale_factor: verl divides "
+            "each micro-batch by its own longest response, so the actor loss's weight beside the value loss depends on "
+            "the micro-batches; write "
+            f"actor_rollout_ref.actor.loss_scale_factor={config.data.max_response_length}"
+        )
     if (config.get("distillation") or {}).get("enabled", False):
         yield "distillation.enabled=True: VIMPO and distillation use the same logits hook; write distillation.enabled=False"
     if actor.get("use_prefix_grouper", False):
@@ -203,23 +214,41 @@ def _losses(config: Any) -> Iterator[str]:
         )
 
 
+def _fixed_coefficient(config: Any, knobs: VimpoConfig) -> Iterator[str]:
+    """A number for c_A multiplies whatever loss_agg_mode makes of L_A; the paper's is meant for a mean over tokens."""
+    if not knobs.use_actor or knobs.actor_coeff in ("auto", 0):
+        return
+    weight = full_length_weight(config)
+    if abs(weight - 1) > 1e-6:
+        mode = config.actor_rollout_ref.actor.loss_agg_mode
+        yield (
+            f"actor_rollout_ref.actor.loss_agg_mode={mode} makes L_A {weight:.3g} times its mean over tokens where "
+            f"responses have {config.data.max_response_length} of them, and algorithm.vimpo.actor_coeff="
+            f"{knobs.actor_coeff} does not allow for it. The paper's 5e-3 is for token-mean: write "
+            "actor_rollout_ref.actor.loss_agg_mode=token-mean, or algorithm.vimpo.actor_coeff=auto, which is the same "
+            "push in every mode"
+        )
+
+
 def _extra_terms(config: Any, beta: float) -> Iterator[str]:
     """Terms that verl adds to the loss weigh more beside L_V than beside GRPO's loss (docs/method.md, "Scale")."""
     actor = config.actor_rollout_ref.actor
     length = config.data.max_response_length
+    grpo = full_length_weight(config)
+    share = beta * length * 0.5 / grpo
     scale = (
-        f"VIMPO's loss pushes a token with about beta*T*|residual| where GRPO's pushes with 1: at T = {length} tokens "
-        f"and |residual| = 0.5 that is {beta * length * 0.5:.2g}, so"
+        f"VIMPO's loss pushes a token with about beta*T*|residual| where GRPO's pushes with {grpo:.3g}: at T = {length} "
+        f"tokens and |residual| = 0.5 that is {share:.2g} of it, so"
     )
     if actor.use_kl_loss:
         yield (
             f"actor_rollout_ref.actor.use_kl_loss=True is kept. {scale} kl_loss_coef={actor.kl_loss_coef} weighs as "
-            f"{actor.kl_loss_coef / (beta * length * 0.5):.2g} would with GRPO. The paper turns it off: "
+            f"{actor.kl_loss_coef / share:.2g} would with GRPO. The paper turns it off: "
             "actor_rollout_ref.actor.use_kl_loss=False"
         )
     if actor.entropy_coeff != 0:
         yield (
             f"actor_rollout_ref.actor.entropy_coeff={actor.entropy_coeff} is kept. {scale} it weighs as "
-            f"{actor.entropy_coeff / (beta * length * 0.5):.2g} would with GRPO. The paper has none: "
+            f"{actor.entropy_coeff / share:.2g} would with GRPO. The paper has none: "
             "actor_rollout_ref.actor.entropy_coeff=0"
         )

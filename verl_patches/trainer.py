@@ -23,6 +23,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 from verl_patches.checkpoints import CheckpointedTrainer
+from verl_patches.loss_aggregation import aggregation_weight
 from verl_patches.reward_noise import with_reward_noise
 from verl_patches.switch import is_vimpo, knobs_of
 from verl_patches.value_branch import ACTOR_COEFF, IS_REAL
@@ -119,6 +120,7 @@ class VimpoTrainer:
             is_padding=torch.tensor(_is_padding(batch)),
             config=self.knobs,
             lam=self.config.algorithm.lam,
+            actor_loss_weight=aggregation_weight(self.config, padded["response_mask"]),
         )
         with joint_pass_output(output):
             batch = super()._compute_advantage(batch, metrics)

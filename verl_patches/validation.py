@@ -51,7 +51,7 @@ def prepare(config: Any) -> VimpoConfig:
     knobs, knob_problems = knobs_of(config)
     found = knob_problems + recipe_checks.problems(config) + _seams_not_in_force(seams.SEAMS) + _noise_problems(config)
     _refuse("algorithm.adv_estimator=vimpo cannot run with this configuration", list(dict.fromkeys(found)))
-    for warning in recipe_checks.warnings(config, knobs.beta) + _version_warning():
+    for warning in recipe_checks.warnings(config, knobs) + _version_warning():
         logger.warning("vimpo_verl: %s", warning)
     _carry_to_workers(config, knobs)
     print(f"vimpo_verl {__version__}: VIMPO in force on verl {_verl_version()}: {knobs}, lam={config.algorithm.lam}")

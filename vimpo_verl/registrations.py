@@ -31,6 +31,7 @@ class JointPassOutput:
         is_padding: [B] bool, placeholder sequences that verl added.
         config: the knobs.
         lam: verl's algorithm.lam.
+        actor_loss_weight: what loss_agg_mode makes of a loss of 1 on every token; 1 for token-mean.
         result: filled by the estimator.
     """
 
@@ -40,6 +41,7 @@ class JointPassOutput:
     is_padding: Tensor
     config: VimpoConfig
     lam: float
+    actor_loss_weight: float = 1.0
     result: VimpoBatch | None = None
 
 
@@ -120,6 +122,7 @@ def vimpo_advantage(
         config=output.config,
         lam=output.lam,
         is_padding=output.is_padding,
+        actor_loss_weight=output.actor_loss_weight,
     )
     return output.result.advantages, output.result.returns
 
