@@ -57,6 +57,10 @@ CONTRACT = {
         ("verl.workers.config:PolicyLossConfig", Called(0, ("loss_mode",))),
         ("verl.workers.config:PolicyLossConfig", Derives("verl_patches.policy_loss_config:VimpoPolicyLossConfig")),
         ("verl:__version__", Holds(())),
+        # the reference's precision
+        (f"{ENGINE}._build_fsdp_module", Mentions(("mixed_precision", "param_dtype", "buffer_dtype"))),
+        (f"{ENGINE}._build_module", Mentions(("model_dtype",))),
+        (f"{ENGINE}._build_model_optimizer", Mentions(("forward_only", "_apply_qat"))),
     ],
     "trainer, worker, joint pass and value loss": [
         ("verl.trainer.ppo.v1.trainer_base:TRAINER_REGISTRY", Holds(("sync", "colocate_async"))),
@@ -144,6 +148,12 @@ CONTRACT = {
             "verl.utils.experimental.torch_functional:FusedLinearForPPO.forward",
             Parameters(("self", "hidden_states", "vocab_weights", "input_ids", "temperature")),
         ),
+        # responses that are missing, and mini-batches that were skipped
+        (f"{TRAINER}._submit_batch_to_rollout", Parameters(("self", "batch"))),
+        (f"{TRAINER}._submit_batch_to_rollout", Mentions(("uid", "generate_sequences"))),
+        (f"{AGENT_LOOP}._run_prompt", Mentions(("__rollout_n__", "failure", "uid"))),
+        ("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.__init__", Mentions(("failure_keys",))),
+        (f"{WORKERS}:TrainingWorker._postprocess_output", Mentions(("grad_norm", "metrics"))),
         # c_A in every loss_agg_mode
         (
             f"{ALGOS}:agg_loss",
@@ -277,7 +287,10 @@ CONFIG_KEYS = {
     "actor_rollout_ref.actor.loss_scale_factor": None,
     "actor_rollout_ref.actor.use_prefix_grouper": False,
     "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 1,
+    "actor_rollout_ref.actor.fsdp_config.qat.enable": False,
     "actor_rollout_ref.ref.strategy": ANY,
+    "actor_rollout_ref.ref.fsdp_config.dtype": "bfloat16",
+    "actor_rollout_ref.ref.fsdp_config.model_dtype": "fp32",
     "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size": 1,
     "actor_rollout_ref.ref.log_prob_micro_batch_size": None,
     "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": None,

@@ -115,7 +115,6 @@ def make_config(path, *overrides):
         "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False",
         "actor_rollout_ref.ref.fsdp_config.use_torch_compile=False",
         "+actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32",
-        "+actor_rollout_ref.ref.fsdp_config.mixed_precision.param_dtype=fp32",
         "actor_rollout_ref.rollout.n=2",
         "actor_rollout_ref.rollout.calculate_log_probs=False",
         "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
@@ -148,6 +147,7 @@ def make_trainer(config, monkeypatch):
     worker.init_model()
     trainer = object.__new__(TRAINER_REGISTRY[config.trainer.v1.trainer_mode])  # its __init__ starts Ray
     trainer.config, trainer.knobs, trainer.global_steps = config, knobs_of(config)[0], 1
+    trainer.rollout_n, trainer.scale_said = {}, False
     trainer.actor_rollout_wg = InProcessGroup(worker, queue)
     return trainer, queue
 

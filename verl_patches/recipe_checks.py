@@ -15,6 +15,11 @@ TRAINER_MODES = ("sync", "colocate_async")
 STRATEGIES = ("fsdp", "fsdp2")
 
 
+# Keys of verl's fsdp_config that decide how a forward rounds, with verl's defaults. model_dtype because a model that is
+# stored in half precision has its buffers in it, too (rotary frequencies).
+PRECISION = {"dtype": "bfloat16", "model_dtype": "fp32", "mixed_precision": None}
+
+
 def problems(config: Any) -> list[str]:
     """Everything in the recipe that VIMPO cannot run with.
 
@@ -40,6 +45,7 @@ def warnings(config: Any, knobs: VimpoConfig) -> list[str]:
             "actor_rollout_ref.rollout.n=1: every group has one response, so V0 = R and the value loss only pulls the "
             "policy to the reference; the paper uses 8"
         )
+    found += _taken_over(config)
     found += _fixed_coefficient(config, knobs)
     found += _extra_terms(config, knobs.beta)
     return found
@@ -84,7 +90,13 @@ _INTEGERS = (
     "actor_rollout_ref.ref.ulysses_sequence_parallel_size",
     "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size",
 )
-_SECTIONS = ("algorithm.rollout_correction", "actor_rollout_ref.model.lora", "distillation", "critic")
+_SECTIONS = (
+    "algorithm.rollout_correction",
+    "actor_rollout_ref.model.lora",
+    "actor_rollout_ref.actor.fsdp_config.qat",
+    "distillation",
+    "critic",
+)
 
 
 def _types(config: Any) -> Iterator[str]:
@@ -159,12 +171,32 @@ def _engine(config: Any) -> Iterator[str]:
             f"actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size={ref_size} differs from the actor's "
             f"{actor_size}: both share one pass over the same slices; remove it"
         )
+    if not has_lora(config.actor_rollout_ref.model):  # with LoRA the reference is the policy's own model
+        yield from _precision(actor, ref)
     for name, role in (("actor", actor), ("ref", ref)):
         if role.get("pad_to_length", False) or role.fsdp_config.get("pad_to_length", False):
             yield (
                 f"actor_rollout_ref.{name}.fsdp_config.pad_to_length=True: verl does not allow it together with the "
                 "logits hook that kappa comes from; write pad_to_length=False"
             )
+
+
+def _precision(actor: Any, ref: Any) -> Iterator[str]:
+    """Equal weights must give equal logits: a difference of rounding is read as log-ratios and KL."""
+    for name, default in PRECISION.items():
+        given, policys = ref.fsdp_config.get(name), actor.fsdp_config.get(name)
+        if given != default and given != policys:
+            yield (
+                f"actor_rollout_ref.ref.fsdp_config.{name}={given} differs from the actor's {policys}: equal weights "
+                "would give different logits, and the first step would learn from rounding; remove it, and the "
+                "reference follows the policy"
+            )
+    if (actor.fsdp_config.get("qat") or {}).get("enable", False):
+        yield (
+            "actor_rollout_ref.actor.fsdp_config.qat.enable=True: the policy would be quantised and verl quantises no "
+            "reference, so the two would differ from the first step on; write "
+            "actor_rollout_ref.actor.fsdp_config.qat.enable=False"
+        )
 
 
 def sequence_parallel_size(role: Any) -> int:
@@ -177,6 +209,12 @@ def sequence_parallel_size(role: Any) -> int:
 
 def _model(config: Any) -> Iterator[str]:
     model = config.actor_rollout_ref.model
+    if has_lora(model) and not (model.get("lora_rank") or 0) > 0:
+        yield (
+            "actor_rollout_ref.model.lora_rank=0 with actor_rollout_ref.model.lora_adapter_path or lora.rank: verl's FSDP "
+            "engine makes and loads adapters by lora_rank alone, and verl keeps no other reference; write "
+            "actor_rollout_ref.model.lora_rank"
+        )
     if has_lora(model) and model.get("use_fused_kernels", False):
         yield (
             "actor_rollout_ref.model.use_fused_kernels=True with LoRA: the reference is the policy with its adapters off "
@@ -211,6 +249,24 @@ def _losses(config: Any) -> Iterator[str]:
         yield (
             "actor_rollout_ref.actor.use_prefix_grouper=True: the joint pass does not know shared prefixes; write "
             "actor_rollout_ref.actor.use_prefix_grouper=False"
+        )
+
+
+def _taken_over(config: Any) -> Iterator[str]:
+    """Settings that had no effect, or another, in the GRPO recipe that they come from."""
+    lam = config.algorithm.lam
+    if lam != 1:
+        yield (
+            f"algorithm.lam={lam}: GRPO does not look at it, VIMPO does: a token's advantage counts what comes after it with "
+            f"lambda to the distance, which reaches about {1 / (1 - lam):.3g} tokens. The paper's is algorithm.lam=1.0"
+        )
+    adapter = config.actor_rollout_ref.model.get("lora_adapter_path")
+    if adapter is not None:
+        yield (
+            f"actor_rollout_ref.model.lora_adapter_path={adapter}: the reference is the base model without this adapter, so "
+            "vimpo/kl is not 0 at the first step, and what the adapter has learnt is read as values. To start from it, "
+            "merge it into the model of actor_rollout_ref.model.path and write "
+            "actor_rollout_ref.model.lora_adapter_path=null"
         )
 
 
