@@ -6,7 +6,6 @@ verl_patches.checkpoints and verl_patches.watchdog name. With another estimator 
 trainer. Checked against verl 0.9.1; no upstream issue.
 """
 
-import math
 import sys
 from types import ModuleType
 from typing import Any
@@ -23,13 +22,17 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 from verl_patches.checkpoints import CheckpointedTrainer
-from verl_patches.loss_aggregation import aggregation_weight
+from verl_patches.loss_aggregation import aggregation_weight, mini_batch_size
 from verl_patches.reward_noise import with_reward_noise
 from verl_patches.switch import is_vimpo, knobs_of
 from verl_patches.value_branch import ACTOR_COEFF, IS_REAL
 from verl_patches.watchdog import WatchedTrainer
 from verl_patches.worker import VimpoActorRolloutRefWorker
 from vimpo_verl.registrations import JointPassOutput, joint_pass_output
+
+PAPERS_NATS = 1 / 5e-4  # what R - V0 = 1 asks for at the paper's beta
+MOST_NATS = 2 * PAPERS_NATS  # rewards of -1 and 1 are not worth a word
+ROLLOUT_N = "__rollout_n__"  # verl's column of a data set in which a prompt has a number of responses of its own
 
 
 def install(v1: ModuleType) -> None:
@@ -59,11 +62,12 @@ class VimpoTrainer:
         self.knobs, problems = knobs_of(config)
         if problems:
             raise ValueError("\n".join(problems))
+        self.rollout_n: dict[str, int] = {}  # uid of a prompt under way -> responses, where it is not rollout.n
+        self.scale_said = False
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args, **kwargs) -> KVBatchMeta:
         """As verl's; says how many responses verl has dropped, because their generation or reward raised."""
-        config = self.config
-        asked = config.data.train_batch_size * config.actor_rollout_ref.rollout.n // self.parameter_sync_step
+        asked = self._responses_asked(batch)
         missing = metrics["vimpo/missing_responses"] = asked - len(batch.keys)
         if missing:
             _say(
@@ -71,6 +75,18 @@ class VimpoTrainer:
                 "('Error in _run_prompt' in the log). Training goes on with the others"
             )
         return super()._balance_batch(batch, metrics, *args, **kwargs)
+
+    def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
+        """As verl's; remembers how many responses a prompt is to have where the data set says so."""
+        if ROLLOUT_N in batch.keys():
+            self.rollout_n.update(zip(batch["uid"], map(int, batch[ROLLOUT_N]), strict=True))
+        return super()._submit_batch_to_rollout(batch)
+
+    def _responses_asked(self, batch: KVBatchMeta) -> int:
+        """Of the prompts of this batch, those included of which nothing is left."""
+        prompts = {key.split("_")[0] for key in batch.keys} | self.replay_buffer.failure_keys["train"]
+        default = self.config.actor_rollout_ref.rollout.n
+        return sum(self.rollout_n.pop(prompt, default) for prompt in prompts)
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -129,18 +145,40 @@ class VimpoTrainer:
         nested = {name: response_to_nested(tensor, mask) for name, tensor in finite.items()}
         self._require_sound(batch, mask, "td or the residual overflows there", **nested)
         metrics.update(result.metrics)
+        self._look_at_the_scale(result.returns)
         batch.extra_info[ACTOR_COEFF] = result.actor_coeff
         return batch
+
+    def _look_at_the_scale(self, returns: torch.Tensor) -> None:
+        """Say once that a reward is too far from its group's mean for beta: sum_t log-ratio - KL is to be (R - V0) / beta.
+
+        Args:
+            returns: [B, T], R - V0 on every valid token.
+        """
+        farthest = returns.abs().amax().item() if returns.numel() else 0.0
+        asked = farthest / self.knobs.beta
+        if asked <= MOST_NATS or self.scale_said:
+            return
+        self.scale_said = True
+        _say(
+            f"step {self.global_steps}: rewards are up to {farthest:.3g} from their group's mean. At algorithm.vimpo.beta="
+            f"{self.knobs.beta:g} that asks for {asked:,.0f} nats between policy and reference in one response; 0/1 rewards "
+            f"at the paper's beta ask for {PAPERS_NATS:,.0f} at most. Scale the rewards, or write "
+            f"+algorithm.vimpo.beta={farthest / PAPERS_NATS:.2g}"
+        )
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._update_actor(batch, metrics)
         for name in [name for name in metrics if name.startswith("actor/vimpo/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)  # verl puts "actor/" before a worker's metrics
-        skipped = metrics["vimpo/update_skipped"] = float(not math.isfinite(metrics["actor/grad_norm"]))
+        updates = self.config.actor_rollout_ref.actor.ppo_epochs * len(batch.keys) // mini_batch_size(self.config)
+        # verl logs the mean over the updates.
+        skipped = metrics["vimpo/update_skipped"] = round(metrics["vimpo/update_skipped"] * updates)
         if skipped:
             _say(
-                f"step {self.global_steps}: the gradient is not finite (actor/grad_norm={metrics['actor/grad_norm']}): verl "
-                "has skipped the optimiser step, the weights are as before"
+                f"step {self.global_steps}: the gradient is not finite in {skipped} of {updates} mini-batches: verl has "
+                f"skipped {'the optimiser step' if skipped == 1 else 'their optimiser steps'}"
+                + (", the weights are as before" if skipped == updates else ", the others have changed the weights")
             )
         return batch
 
