@@ -13,8 +13,6 @@ from vimpo_verl.config import VimpoConfig
 # Trainer modes of verl.trainer.ppo.v1 for which VIMPO has a trainer.
 TRAINER_MODES = ("sync", "colocate_async")
 STRATEGIES = ("fsdp", "fsdp2")
-
-
 # Keys of verl's fsdp_config that decide how a forward rounds, with verl's defaults. model_dtype because a model that is
 # stored in half precision has its buffers in it, too (rotary frequencies).
 PRECISION = {"dtype": "bfloat16", "model_dtype": "fp32", "mixed_precision": None}

@@ -2,8 +2,7 @@
 
 One function in front. On a GPU it runs the Triton kernel (vimpo_verl.token_statistics_triton), on a CPU the chunked torch
 version below, on other accelerators that of vimpo_verl.token_statistics_float32; all give the same numbers to float32
-accuracy. `linear_token_statistics` does the same from hidden
-states and output matrices, where there are no logits.
+accuracy. `linear_token_statistics` does the same from hidden states and output matrices, where there are no logits.
 """
 
 from collections.abc import Callable
