@@ -108,7 +108,7 @@ def test_first_step_is_half_the_mean_square_of_the_targets(vimpo_run):
     assert first["vimpo/actor_coeff"] == 0.0 and first["vimpo/outcome_correlation"] == 0.0
 
 
-def test_driver_says_that_vimpo_is_in_force(vimpo_run):
+def test_the_trainer_says_that_vimpo_is_in_force(vimpo_run):
     _, run = vimpo_run
     assert run.log.count("VIMPO in force on verl") == 1
 
