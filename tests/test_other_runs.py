@@ -186,6 +186,21 @@ def test_vimpo_is_put_in_front_of_a_derived_trainer(stock, no_initialisation, ca
     assert "beta=0.0005" in line and "lam=1.0" in line
 
 
+@pytest.mark.parametrize("stock", MODES, indirect=True)
+def test_a_derived_trainer_may_take_more_than_a_configuration(stock, no_initialisation):
+    class OfAUser(stock):
+        def __init__(self, name, config, size=1):
+            super().__init__(config)
+            self.name, self.size = name, size
+
+    config = vimpo()
+    validate(config)
+    for asked in (compose(), config):
+        trainer = OfAUser("a name", asked, size=2)
+        assert (trainer.name, trainer.size) == ("a name", 2)
+        assert (type(trainer) is OfAUser) == (asked is not config) and isinstance(trainer, OfAUser)
+
+
 def test_a_trainer_is_copied_as_it_is(no_initialisation):
     """copy and pickle make an object without a configuration."""
     import copy

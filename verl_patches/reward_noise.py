@@ -58,9 +58,9 @@ def with_reward_noise(trainer: type, config: Any) -> type:
 class RewardNoise:
     """Put in front of a v1 trainer: flips rewards just before the advantages are computed."""
 
-    def __init__(self, config: Any):
-        super().__init__(config)
-        noise, _ = noise_of(config)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        noise, _ = noise_of(self.config)
         print(f"vimpo_verl {__version__}: reward noise in force, in training only: {noise}", flush=True)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:

@@ -17,6 +17,7 @@ from typing import Any
 import ray
 import torch
 import transfer_queue as tq
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
@@ -44,9 +45,9 @@ def install(v1: ModuleType) -> None:
 
 
 def _new_trainer(cls: type, *args, **kwargs):
-    """PPOTrainer.__new__: Python then calls the __init__ of the class that is chosen here."""
-    config = kwargs.get("config", args[0] if args else None)
-    chosen = cls if config is None else trainer_class(cls, config)  # without one when copied or unpickled
+    """PPOTrainer.__new__: Python then calls the __init__ of the class that is chosen here, with the same arguments."""
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, DictConfig) and "algorithm" in value]
+    chosen = trainer_class(cls, given[0]) if given else cls  # without a configuration when it is copied
     return super(PPOTrainer, cls).__new__(chosen)
 
 
@@ -78,13 +79,14 @@ def trainer_class(trainer: type, config: Any) -> type:
 class VimpoTrainer:
     """What VIMPO changes in a v1 trainer: the worker, the joint pass, the estimator's inputs, c_A of the update."""
 
-    def __init__(self, config: Any):
+    def __init__(self, *args, **kwargs):
         """As the trainer's behind it; says that VIMPO is in force.
 
         Raises:
             RuntimeError: the run has not been through verl's validate_config, which carries the knobs to the workers.
         """
-        super().__init__(config)
+        super().__init__(*args, **kwargs)
+        config = self.config
         if config.actor_rollout_ref.actor.policy_loss.get("loss_mode") != NAME:
             raise RuntimeError(
                 f"algorithm.adv_estimator=vimpo: {type(self).__name__} was made with a configuration that has not been "
