@@ -160,7 +160,10 @@ def test_driver_refuses_the_old_trainer_with_noise():
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "vimpo"])
 def test_driver_says_that_noise_is_accepted(estimator, capsys):
     validate(compose(f"algorithm.adv_estimator={estimator}", *NOISE))
-    assert "reward noise accepted with this configuration: RewardNoiseConfig(flip_prob=0.4, seed=3)" in capsys.readouterr().out
+    assert (
+        "reward noise accepted with this configuration: RewardNoiseConfig(flip_prob=0.4, seed=3)"
+        in capsys.readouterr().out
+    )
     validate(compose(f"algorithm.adv_estimator={estimator}"))
     assert "noise" not in capsys.readouterr().out
 
@@ -192,6 +195,7 @@ def trainer_of(monkeypatch, *overrides, mode="sync"):
 def test_without_noise_the_trainers_are_what_they_are(monkeypatch, mode, overrides):
     from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
     from verl_patches.reward_noise import RewardNoise
 
     stock, initialised = trainer_of(monkeypatch, *overrides, mode=mode)

@@ -17,11 +17,10 @@ from typing import Any
 import ray
 import torch
 import transfer_queue as tq
+import verl
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
-
-import verl
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.workers.engine_workers import ActorRolloutRefWorker

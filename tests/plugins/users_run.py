@@ -1,7 +1,8 @@
-"""A program of a user's own, as recipes have it: task runner, trainer, checkpoint callback and main in one file, run as `python -m`.
+"""A program of a user's own, as recipes have it: task runner, trainer, checkpoint callback and main in one file.
 
-So Ray pickles runner and trainer by value, with the functions of verl that they use. The callback writes what it finds at its call
-to `callback.jsonl` beside the checkpoints; it is named by `trainer.checkpoint_callback_class=users_run.UsersCallback`.
+Run as `python -m`, so that Ray pickles runner and trainer by value, with the functions of verl that they use. The callback
+writes what it finds at its call to `callback.jsonl` beside the checkpoints; it is named by
+`trainer.checkpoint_callback_class=users_run.UsersCallback`.
 """
 
 import json
