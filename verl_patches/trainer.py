@@ -33,7 +33,7 @@ from verl_patches.value_branch import ACTOR_COEFF, IS_REAL
 from verl_patches.watchdog import WatchedTrainer
 from verl_patches.worker import VimpoActorRolloutRefWorker
 from vimpo_verl import __version__
-from vimpo_verl.registrations import NAME, JointPassOutput, joint_pass_output
+from vimpo_verl.registrations import JointPassOutput, joint_pass_output
 
 
 def install(v1: ModuleType) -> None:
@@ -86,7 +86,7 @@ class VimpoTrainer:
         """
         super().__init__(*args, **kwargs)
         config = self.config
-        if config.actor_rollout_ref.actor.policy_loss.get("loss_mode") != NAME:
+        if "vimpo" not in config.actor_rollout_ref.actor.policy_loss:
             raise RuntimeError(
                 f"algorithm.adv_estimator=vimpo: {type(self).__name__} was made with a configuration that has not been "
                 "validated. Call verl.utils.config.validate_config with it first, as verl.trainer.main_ppo does"

@@ -34,7 +34,7 @@ def _validate_config(verls: Callable, config: Any, *args, **kwargs) -> None:
         _announce_noise(config)
     else:
         prepare(config)
-    verls(config, *args, **kwargs)
+    return verls(config, *args, **kwargs)
 
 
 def prepare(config: Any) -> VimpoConfig:
