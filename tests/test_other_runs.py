@@ -5,6 +5,7 @@ and classes derived from them are what they were, unless VIMPO or reward noise i
 another trainer runs, that trainer says so. That whole GRPO runs are the same bit for bit is in test_end_to_end.py.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -242,6 +243,26 @@ def test_vimpo_says_whose_worker_it_would_replace(monkeypatch):
     trainer.role_worker_mapping = {Role.ActorRolloutRef: ray.remote(WorkerOfAUser)}
     with pytest.raises(RuntimeError, match="VimpoPPOTrainerSync has put WorkerOfAUser there"):
         trainer._init_resource_pool_mgr()
+
+
+def test_grpo_steps_are_the_same_to_the_bit(models):
+    """verl's trainer and worker, from the configuration to the weights, in processes with and without the plugin."""
+
+    def run(plugins: str) -> dict:
+        command = [sys.executable, str(ROOT / "tests/grpo_steps.py"), str(models)]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "VERL_USE_EXTERNAL_PLUGINS": plugins}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    found, expected = run("auto"), run("vimpo_cpu")
+    assert found.pop("plugin") and not expected.pop("plugin")
+    assert found == expected
+    registered, derived = found["registered"], found["derived"]
+    assert (registered.pop("trainer"), derived.pop("trainer")) == ("PPOTrainerSync", "OfAUser")
+    assert [step.pop("of_a_user") for step in derived["metrics"]] == [(1.0).hex()] * 2
+    assert derived == registered and registered["worker"] == "verl.workers.engine_workers"
+    assert registered["metrics"][0] != registered["metrics"][1] and len(registered["weights"]) > 10
 
 
 # ---- VIMPO where it cannot be ------------------------------------------------------------------------------------
