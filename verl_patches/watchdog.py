@@ -240,8 +240,8 @@ class WatchedTrainer:
 
     watchdog = Watchdog({})
 
-    def __init__(self, config: Any):
-        super().__init__(config)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.watchdog = watchdog_of(self.knobs, self._come_about, self._waiting_for)
 
     def init(self) -> None:
