@@ -7,6 +7,9 @@ from contract_checks import Called, Derives, Holds, Mentions, Parameters
 
 ALGOS = "verl.trainer.ppo.core_algos"
 TRAINER = "verl.trainer.ppo.v1.trainer_base:PPOTrainer"
+OLDER_TRAINER = "verl.trainer.ppo.ray_trainer:RayPPOTrainer"
+ONE_STEP_OFF = "verl.experimental.one_step_off_policy.ray_trainer:OneStepOffRayTrainer"
+FULLY_ASYNC = "verl.experimental.fully_async_policy.fully_async_rollouter:FullyAsyncRollouter"
 WORKERS = "verl.workers.engine_workers"
 ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
 LOSSES = "verl.workers.utils.losses"
@@ -62,9 +65,18 @@ CONTRACT = {
         (f"{ENGINE}._build_module", Mentions(("model_dtype",))),
         (f"{ENGINE}._build_model_optimizer", Mentions(("forward_only", "_apply_qat"))),
     ],
+    "refusal of other trainers": [
+        (
+            f"{OLDER_TRAINER}._create_dataloader",
+            Parameters(("self", "train_dataset", "val_dataset", "collate_fn", "train_sampler")),
+        ),
+        (f"{OLDER_TRAINER}.__init__", Mentions(("config", "_create_dataloader"))),
+        (f"{ONE_STEP_OFF}.__init__", Mentions(("config", "_create_dataloader"))),
+        (f"{FULLY_ASYNC}.__ray_actor_class__.__init__", Mentions(("config", "_create_dataloader"))),
+    ],
     "trainer, worker, joint pass and value loss": [
         ("verl.trainer.ppo.v1.trainer_base:TRAINER_REGISTRY", Holds(("sync", "colocate_async"))),
-        ("verl.trainer.ppo.v1.trainer_base:get_trainer_cls", Called(1)),
+        ("verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.run", Mentions(("get_trainer_cls", "config"))),
         (f"{TRAINER}.__init__", Parameters(("self", "config"))),
         (f"{TRAINER}.__init__", Mentions(("config", "use_reference_policy"))),
         (f"{TRAINER}._init_resource_pool_mgr", Parameters(("self",))),

@@ -64,6 +64,25 @@ def test_kl_is_exactly_0_at_the_first_step_in_the_policys_precision(models, monk
         assert torch.equal(row["old_log_probs"], row["ref_log_prob"])
 
 
+def test_a_derived_trainers_own_step_runs_inside_vimpos(models, monkeypatch):
+    """And VIMPO's result is that of verl's own trainer."""
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    class OfAUser(PPOTrainerSync):
+        def _compute_advantage(self, batch, metrics):
+            batch = super()._compute_advantage(batch, metrics)
+            metrics["of_a_user/advantages"] = float("advantages" in queue.rows[batch.keys[0]])
+            return batch
+
+    samples = make_samples(tool_tokens=False)
+    expected = run_trainer_step(*make_trainer(make_config(models / "policy"), monkeypatch), samples)
+    trainer, queue = make_trainer(make_config(models / "policy"), monkeypatch, stock=OfAUser)
+    found = run_trainer_step(trainer, queue, samples)
+    assert isinstance(trainer, OfAUser) and found.pop("of_a_user/advantages") == 1.0
+    for name in METRICS | {"actor/grad_norm"}:
+        assert float(found[name]) == float(expected[name]), name
+
+
 def test_what_the_trainer_leaves_in_the_queue(trainer_and_queue):
     """Nested over the response, for verl's own stages to read; returns is R - V0 on every valid token."""
     trainer, queue = trainer_and_queue

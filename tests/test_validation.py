@@ -157,7 +157,7 @@ def test_validating_twice_changes_nothing_more():
 def test_the_line_in_the_driver_names_the_knobs(capsys):
     validate(vimpo("+algorithm.vimpo.beta=5e-3", "algorithm.lam=0.95"))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("vimpo_verl")]
-    assert "VIMPO in force" in line and "beta=0.005" in line and "lam=0.95" in line
+    assert "VIMPO accepted" in line and "in force" not in line and "beta=0.005" in line and "lam=0.95" in line
 
 
 # override -> what the refusal must say besides the key: what to write instead

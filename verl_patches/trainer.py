@@ -1,9 +1,12 @@
-"""Seam: VIMPO's trainers, in verl's registry under the names of the trainers they extend.
+"""Seam: VIMPO's part of a trainer, put in front of whatever class of verl's v1 trainers a run makes its trainer of.
 
-Touches verl.trainer.ppo.v1.trainer_base.TRAINER_REGISTRY and, by subclassing, PPOTrainer's methods
+Touches verl.trainer.ppo.v1.trainer_base.PPOTrainer.__new__ and, by subclassing, PPOTrainer's methods
 _init_resource_pool_mgr, _balance_batch, _compute_ref_log_prob, _compute_advantage and _update_actor, and those that
-verl_patches.checkpoints and verl_patches.watchdog name. With another estimator the registered name still makes verl's own
-trainer. Checked against verl 0.9.1; no upstream issue.
+verl_patches.checkpoints and verl_patches.watchdog name. Checked against verl 0.9.1; no upstream issue.
+
+verl's registry and its trainers stay as they are. A trainer that is made with a configuration that asks for VIMPO becomes one
+of a subclass, made on demand; with any other it is one of the very class that was called. So a trainer that a user derives
+from verl's keeps all that is its own, and VIMPO's methods find its methods, and then verl's, behind super().
 """
 
 import sys
@@ -13,12 +16,13 @@ from typing import Any
 import ray
 import torch
 import transfer_queue as tq
+import verl
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import Role
-from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
-from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
-from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 from verl_patches.checkpoints import CheckpointedTrainer
@@ -28,6 +32,7 @@ from verl_patches.switch import is_vimpo, knobs_of
 from verl_patches.value_branch import ACTOR_COEFF, IS_REAL
 from verl_patches.watchdog import WatchedTrainer
 from verl_patches.worker import VimpoActorRolloutRefWorker
+from vimpo_verl import __version__
 from vimpo_verl.registrations import JointPassOutput, joint_pass_output
 
 PAPERS_NATS = 1 / 5e-4  # what R - V0 = 1 asks for at the paper's beta
@@ -36,34 +41,70 @@ ROLLOUT_N = "__rollout_n__"  # verl's column of a data set in which a prompt has
 
 
 def install(v1: ModuleType) -> None:
-    """Replace verl's trainers in its registry. `v1` is the module verl.trainer.ppo.v1."""
-    for mode, trainer in (("sync", VimpoTrainerSync), ("colocate_async", VimpoTrainerColocateAsync)):
-        if TRAINER_REGISTRY.get(mode) is not trainer.stock:
-            raise RuntimeError(f"verl's trainer {mode!r} is {TRAINER_REGISTRY.get(mode)}, not {trainer.stock}")
-        TRAINER_REGISTRY[mode] = trainer
+    """Have PPOTrainer choose the class of a new trainer by its configuration. `v1` is the module verl.trainer.ppo.v1."""
+    if PPOTrainer.__new__ is not object.__new__:
+        raise RuntimeError(f"PPOTrainer has a __new__ of its own, {PPOTrainer.__new__}")
+    PPOTrainer.__new__ = staticmethod(_new_trainer)
+
+
+def _new_trainer(cls: type, *args, **kwargs):
+    """PPOTrainer.__new__: Python then calls the __init__ of the class that is chosen here, with the same arguments."""
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, DictConfig) and "algorithm" in value]
+    chosen = trainer_class(cls, given[0]) if given else cls  # without a configuration when it is copied
+    return super(PPOTrainer, cls).__new__(chosen)
+
+
+def trainer_class(trainer: type, config: Any) -> type:
+    """The class to make a run's trainer of.
+
+    Args:
+        trainer: a class derived from PPOTrainer, verl's own or a user's.
+        config: verl's configuration.
+
+    Returns:
+        `trainer` itself, unless VIMPO or reward noise is asked for; else a subclass of it with VIMPO's part, the noise, or
+        both in front.
+
+    Raises:
+        TypeError: VIMPO is asked for and takes the place of a method that `trainer` has changed.
+        ValueError: the section algorithm.reward_noise has problems.
+    """
+    if is_vimpo(config) and not issubclass(trainer, VimpoTrainer):
+        if trainer._compute_ref_log_prob is not PPOTrainer._compute_ref_log_prob:
+            raise TypeError(
+                f"algorithm.adv_estimator=vimpo: {trainer.__name__}._compute_ref_log_prob would never run, because VIMPO's "
+                "joint pass takes its place. Remove it from that class, or move what it does to another step"
+            )
+        trainer = type(f"Vimpo{trainer.__name__}", (WatchedTrainer, CheckpointedTrainer, VimpoTrainer, trainer), {})
+    return with_reward_noise(trainer, config)
 
 
 class VimpoTrainer:
-    """What VIMPO changes in a v1 trainer: the worker, the joint pass, the estimator's inputs, c_A of the update.
+    """What VIMPO changes in a v1 trainer: the worker, the joint pass, the estimator's inputs, c_A of the update."""
 
-    A class derived from this one and a trainer of verl, `stock`, makes the stock trainer unless VIMPO is asked for.
-    """
+    def __init__(self, *args, **kwargs):
+        """As the trainer's behind it; says that VIMPO is in force.
 
-    stock: type
-
-    def __new__(cls, config: Any):
-        if not is_vimpo(config):
-            # Not an instance of cls, so Python calls no further __init__.
-            return with_reward_noise(cls.stock, config)(config=config)
-        return super().__new__(with_reward_noise(cls, config))
-
-    def __init__(self, config: Any):
-        super().__init__(config)
+        Raises:
+            RuntimeError: the run has not been through verl's validate_config, which carries the knobs to the workers.
+        """
+        super().__init__(*args, **kwargs)
+        config = self.config
+        if "vimpo" not in config.actor_rollout_ref.actor.policy_loss:
+            raise RuntimeError(
+                f"algorithm.adv_estimator=vimpo: {type(self).__name__} was made with a configuration that has not been "
+                "validated. Call verl.utils.config.validate_config with it first, as verl.trainer.main_ppo does"
+            )
         self.knobs, problems = knobs_of(config)
         if problems:
             raise ValueError("\n".join(problems))
         self.rollout_n: dict[str, int] = {}  # uid of a prompt under way -> responses, where it is not rollout.n
         self.scale_said = False
+        print(
+            f"vimpo_verl {__version__}: VIMPO in force on verl {verl.__version__}, in {type(self).__name__}: {self.knobs}, "
+            f"lam={config.algorithm.lam}",
+            flush=True,
+        )
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args, **kwargs) -> KVBatchMeta:
         """As verl's; says how many responses verl has dropped, because their generation or reward raised."""
@@ -95,7 +136,14 @@ class VimpoTrainer:
             raise RuntimeError(
                 f"VIMPO needs one worker with policy and reference; verl chose {list(self.role_worker_mapping)}"
             )
-        self.role_worker_mapping[hybrid.pop()] = ray.remote(VimpoActorRolloutRefWorker)
+        role = hybrid.pop()
+        worker = self.role_worker_mapping[role].__ray_actor_class__
+        if worker is not ActorRolloutRefWorker:
+            raise RuntimeError(
+                f"VIMPO puts its own worker in the place of verl's ActorRolloutRefWorker, and {type(self).__name__} has put "
+                f"{worker.__name__} there"
+            )
+        self.role_worker_mapping[role] = ray.remote(VimpoActorRolloutRefWorker)
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Bookkeeping only: the joint pass under _compute_old_log_prob has already found everything."""
@@ -205,18 +253,6 @@ class VimpoTrainer:
                     f"{position - int(tensor.offsets()[sample])} of sample {batch.keys[sample]} on data-parallel rank "
                     f"{sample * ranks // len(batch.keys)} ({len(bad)} such tokens in the batch): {reason}"
                 )
-
-
-class VimpoTrainerSync(WatchedTrainer, CheckpointedTrainer, VimpoTrainer, PPOTrainerSync):
-    """verl's trainer "sync" with VIMPO."""
-
-    stock = PPOTrainerSync
-
-
-class VimpoTrainerColocateAsync(WatchedTrainer, CheckpointedTrainer, VimpoTrainer, PPOTrainerColocateAsync):
-    """verl's trainer "colocate_async" with VIMPO."""
-
-    stock = PPOTrainerColocateAsync
 
 
 def _say(sentence: str) -> None:

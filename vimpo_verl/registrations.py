@@ -98,8 +98,8 @@ def vimpo_advantage(
     if output is None:
         raise RuntimeError(
             "adv_estimator=vimpo: this batch has no kappa, because VIMPO's trainer is not in force in this process. "
-            "Run `vimpo check` in the environment of the process that failed; a trainer of your own must derive from "
-            "one of verl's sync or colocate_async trainers as found in verl's registry"
+            "Run `vimpo check` in the environment of the process that failed; a trainer of your own must derive from verl's "
+            "PPOTrainerSync or PPOTrainerColocateAsync (verl.trainer.ppo.v1) and be made with verl's configuration"
         )
     if output.token_kl.shape != response_mask.shape:
         raise ValueError(
