@@ -26,8 +26,9 @@ class RunningSums:
         self.prompt_tokens, self.response_tokens = length + 1, length
 
     def prompts(self, count: int, generator: torch.Generator) -> Tensor:
-        digits = torch.randint(10, (count, self.response_tokens), generator=generator)
-        return nn.functional.pad(digits, (0, 1), value=10)
+        return nn.functional.pad(
+            torch.randint(10, (count, self.response_tokens), generator=generator), (0, 1), value=10
+        )
 
     def answers(self, prompts: Tensor) -> Tensor:
         """[B, P] -> [B, T], the only right answer"""
@@ -163,16 +164,14 @@ def imitate(policy, task, accuracy: float, seed: int) -> None:
             optimizer.step()
 
 
-def train(
-    policy, task, loss, *, batches: int, lr: float, seed: int, updates=1, on_batch=None, **batch_settings
-) -> list:
+def train(policy, task, loss, *, batches: int, lr: float, seed: int, updates=1, on_batch=None, **sizes) -> list[float]:
     """`batches` times: sample, then `updates` steps of AdamW. Returns the share of right answers of every batch."""
     reference, curve = copy.deepcopy(policy), []
     generator = torch.Generator().manual_seed(seed)  # of prompts and flips: the same for every loss
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
     for batch in range(batches):
-        rollout = collect(policy, reference, task, generator, **batch_settings)
+        rollout = collect(policy, reference, task, generator, **sizes)
         curve.append(rollout.truth.mean().item())
         if on_batch:
             on_batch(rollout)
