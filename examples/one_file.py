@@ -1,8 +1,6 @@
-"""VIMPO and GRPO, whole, in plain torch: a task, a small transformer, sampling, both losses and the training loop.
+"""VIMPO and GRPO, whole, in plain torch. `python -m benchmarks.learning` and the quickstart's choose_lr.py use this loop.
 
-    .venv/bin/python examples/one_file.py --flip-prob 0.2       # a fifth of the prompts get the opposite rewards
-
-`python -m benchmarks.learning` and the quickstart's choose_lr.py train with the same loop.
+.venv/bin/python examples/one_file.py --flip-prob 0.2       # a fifth of the prompts get the opposite rewards
 """
 
 import argparse

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import one_file
 import pytest
 import torch
 
-import one_file
 from benchmarks.learning import analysis, grids
 from benchmarks.learning.arms import ARMS
 from benchmarks.learning.run import run, sample_from_past
