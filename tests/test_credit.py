@@ -271,6 +271,9 @@ def test_formats_give_the_same_tokens(folder, tokenizer, tmp_path):
     ended, cut_off = credit(folder, evaluation, tmp_path / "b")["prompts"][0]["answers"]
     assert ended["tokens"] == first["answers"][0]["tokens"]
     assert cut_off["tokens"]["id"] == ended["tokens"]["id"][:-1]
+    exact = {**evaluated, "prompt_ids": [5, 6], "response_ids": [[7, 8], [9]]}
+    answers, problems = read_answers(lines(tmp_path / "d.jsonl", [exact]))
+    assert not problems and [(a.prompt_ids, a.response_ids) for a in answers] == [((5, 6), (7, 8)), ((5, 6), (9,))]
     third = credit(folder, tmp_path / "rollout", tmp_path / "c", "--data", tmp_path / "train.parquet")["prompts"][0]
     assert third["text"] == first["text"] and third["answers"][0]["tokens"] == first["answers"][0]["tokens"]
 

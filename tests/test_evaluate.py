@@ -204,6 +204,9 @@ class StandIn:
         StandIn.generated += 1
         return [{**q, "responses": [self.text] * self.n, "finished": [True] * self.n} for q in questions]
 
+    def close(self):
+        pass
+
 
 @pytest.fixture
 def evaluation(tmp_path, monkeypatch):

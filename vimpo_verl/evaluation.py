@@ -2,7 +2,6 @@
 and numpy."""
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -29,21 +28,28 @@ def pass_at_k(right: int, samples: int, k: int) -> float:
     return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
-def majority(answers: Sequence[str], right: Sequence[bool]) -> float:
+def majority(answers: Sequence[str], right: Sequence[bool], weights: Sequence[float] | None = None) -> float:
     """Whether the most frequent answer is right; where several are, the share of them that are.
 
     Args:
         answers: one a sample; samples without an answer, "", do not vote.
         right: whether each is.
+        weights: of the votes; None: one each.
 
     Returns:
         In [0, 1]; 0 where nobody votes.
     """
-    votes = Counter(answer for answer in answers if answer)
-    if not votes:
+    ballots: dict[str, list[float]] = {}
+    verdict: dict[str, bool] = {}
+    weights = [1.0] * len(answers) if weights is None else weights
+    for answer, is_right, weight in zip(answers, right, weights, strict=True):
+        if answer:
+            ballots.setdefault(answer, []).append(weight)
+            verdict[answer] = is_right
+    if not ballots:
         return 0.0
+    votes = {answer: math.fsum(cast) for answer, cast in ballots.items()}  # exact: ties do not hang on the order
     most = max(votes.values())
-    verdict = {answer: is_right for answer, is_right in zip(answers, right, strict=True) if answer}
     leaders = [answer for answer, count in votes.items() if count == most]
     return sum(verdict[answer] for answer in leaders) / len(leaders)
 

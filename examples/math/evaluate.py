@@ -4,6 +4,7 @@ a table.
 Called by evaluate.sh, which merges a checkpoint first. Writes OUT/responses/<set>.jsonl, one line a question,
 OUT/results.json and OUT/results.md. A set whose responses are there, of the same model, prompts and settings, is not
 generated again; all responses are scored again, so that the results are of the data and the reward that were asked for.
+With --self-rank the policy also ranks its own answers (docs/recipes.md, "The policy as its own verifier").
 """
 
 import argparse
@@ -14,10 +15,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from vimpo_verl import ranking
 from vimpo_verl.checkpoint import contents
 from vimpo_verl.evaluation import summary
 
 SETTINGS = ("n", "temperature", "top_p", "max_tokens", "seed", "engine")  # what responses depend on, beside the model
+GENERATED = ("prompt_ids", "responses", "response_ids", "finished")  # what the engine adds to a question
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,12 +29,37 @@ def main(arguments: list[str] | None = None) -> int:
     if missing:
         print(f"evaluate.py: no {', '.join(missing)}: make it with examples/math/prepare_data.py", file=sys.stderr)
         return 2
-    score = load_function(args.reward)
+    if args.reference and not args.self_rank:
+        print("evaluate.py: --reference is for --self-rank, which was not given", file=sys.stderr)
+        return 2
+    try:
+        judge = make_judge(args.model, args.reference) if args.self_rank else None
+    except ValueError as error:
+        print("evaluate.py: --self-rank cannot go on:", *str(error).split("\n"), sep="\n  - ", file=sys.stderr)
+        return 2
+    settings, rows_of = responses_to(args, load_function(args.reward))
+    made_by = {"model": args.model, "reward": args.reward, "limit": args.limit, **settings}
+    if judge:
+        judge.load(args.rank_dtype)
+        for name, rows in rows_of.items():
+            rows_of[name] = judged(rows, judge, name)
+            store(stored_in(args.out, name), settings, rows_of[name])
+        print(*(f"Note: {note}\n" for note in judge.notes), sep="", end="")
+        made_by["self_rank"] = {"temperature": judge.temperature, "dtype": args.rank_dtype, "notes": judge.notes}
+    results = {name: estimates(rows) for name, rows in rows_of.items()}
+    (args.out / "results.json").write_text(json.dumps({"settings": made_by, "results": results}, indent=1))
+    (args.out / "results.md").write_text(table(results))
+    print(table(results))
+    return 0
+
+
+def responses_to(args: argparse.Namespace, score: Callable) -> tuple[dict, dict[str, list[dict]]]:
+    """What the responses depend on, and of each set the questions with responses and scores, which are stored."""
     engine = None
     settings = settings_of(args)
-    results: dict[str, dict] = {}
+    rows_of: dict[str, list[dict]] = {}
     for path in args.data:
-        stored = args.out / "responses" / f"{path.stem}.jsonl"
+        stored = stored_in(args.out, path.stem)
         questions = questions_of(path, args.limit)
         rows, reason = stored_responses(stored, settings, questions)
         if rows is None:
@@ -41,15 +69,39 @@ def main(arguments: list[str] | None = None) -> int:
                 settings = settings_of(args)
             rows = engine.generate(questions)
             store(stored, settings, rows)  # a reward that fails does not cost them
-        rows = scored(rows, score)
-        store(stored, settings, rows)
-        results[path.stem] = summary([(row["preds"], [acc > 0 for acc in row["accs"]]) for row in rows])
+        rows_of[path.stem] = scored(rows, score)
+        store(stored, settings, rows_of[path.stem])
         print(f"{path.stem}: {len(rows)} questions", flush=True)
-    made_by = {"model": args.model, "reward": args.reward, "limit": args.limit, **settings}
-    (args.out / "results.json").write_text(json.dumps({"settings": made_by, "results": results}, indent=1))
-    (args.out / "results.md").write_text(table(results))
-    print(table(results))
-    return 0
+    if engine:
+        engine.close()
+    return settings, rows_of
+
+
+def stored_in(out: Path, name: str) -> Path:
+    """Where the responses to a set are."""
+    return out / "responses" / f"{name}.jsonl"
+
+
+def make_judge(model: str, reference: Path | None):
+    """The policy as its own verifier; a ValueError says what is missing."""
+    from vimpo_verl.credit.judge import Judge  # torch and transformers, which nothing else here needs
+
+    return Judge(Path(model), reference)
+
+
+def judged(questions: list[dict], judge, name: str) -> list[dict]:
+    """The questions with "self_rank": by name of the score one number a response."""
+    from tqdm import tqdm
+
+    progress = tqdm(questions, desc=f"{name}: self-rank", disable=None)
+    return [{**row, "self_rank": judge.scores(row, f"{name}:{i}")} for i, row in enumerate(progress, start=1)]
+
+
+def estimates(rows: list[dict]) -> dict[str, dict]:
+    """The results of one set."""
+    questions = [(row["preds"], [acc > 0 for acc in row["accs"]]) for row in rows]
+    names = rows[0].get("self_rank", {}) if rows else {}
+    return summary(questions) | ranking.summary(questions, {s: [row["self_rank"][s] for row in rows] for s in names})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,6 +120,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, default=None, help="the first LIMIT questions of each set, for a try")
     parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument(
+        "--self-rank", action="store_true", help="the policy also ranks its own answers; two models are loaded"
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        help="for --self-rank, the model that training started from (default: as the run's configuration says)",
+    )
+    parser.add_argument(
+        "--rank-dtype", choices=["float32", "bfloat16"], default="float32", help="of both models (default: %(default)s)"
+    )
     parser.add_argument("--engine", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
     return parser
 
@@ -151,11 +214,17 @@ class Engine:
         return [
             {
                 **question,
+                "prompt_ids": list(output.prompt_token_ids),
                 "responses": [sample.text for sample in output.outputs],
+                "response_ids": [list(sample.token_ids) for sample in output.outputs],
                 "finished": [sample.finish_reason == "stop" for sample in output.outputs],
             }
             for question, output in zip(questions, outputs, strict=True)
         ]
+
+    def close(self) -> None:
+        """End vLLM's process, and with it its hold on the GPU's memory."""
+        self.llm.llm_engine.engine_core.shutdown()
 
 
 def scored(questions: list[dict], score: Callable) -> list[dict]:
@@ -197,7 +266,7 @@ def stored_responses(path: Path, settings: dict, questions: list[dict]) -> tuple
         other.append("prompts")
     if other:
         return None, f"the responses there are of other settings ({', '.join(other)}), new ones are generated"
-    written = ({name: row[name] for name in ("responses", "finished")} for row in rest)
+    written = ({name: row[name] for name in GENERATED if name in row} for row in rest)
     return [{**question, **responses} for question, responses in zip(questions, written, strict=True)], ""
 
 

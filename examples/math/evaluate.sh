@@ -4,6 +4,7 @@
 #   examples/math/evaluate.sh outputs/math/vimpo-Qwen3-4B-Base-8gpu-seed1              # a run: its last checkpoint
 #   examples/math/evaluate.sh outputs/math/.../checkpoints/global_step_100
 #   examples/math/evaluate.sh Qwen/Qwen3-4B-Base                                       # a model as it is, the starting point
+#   examples/math/evaluate.sh outputs/math/... --self-rank          # the policy ranks its own answers, beside its reference
 #
 # Everything after the first argument goes to evaluate.py (--help), after the settings below, so it wins.
 

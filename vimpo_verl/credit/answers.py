@@ -1,7 +1,7 @@
 """Reads prompts with answers and rewards, in three formats, and chooses which of them to show.
 
 - verl's dumps (trainer.rollout_data_dir, trainer.validation_data_dir): input, output, score; without special tokens.
-- responses of examples/math/evaluate.py: prompt, responses, accs, finished.
+- responses of examples/math/evaluate.py: prompt, responses, accs, finished; prompt_ids and response_ids where it has them.
 - one answer a line: prompt, response, score.
 """
 
@@ -72,7 +72,7 @@ def read_answers(path: Path) -> tuple[list[Answer], list[str]]:
             continue
         where = f"{path.name}:{number}"
         try:
-            answers += list(_answers_of(json.loads(line), where))
+            answers += list(answers_of(json.loads(line), where))
         except json.JSONDecodeError as error:
             problems.append(f"{where}: no JSON: {error}")
         except ValueError as error:
@@ -82,7 +82,16 @@ def read_answers(path: Path) -> tuple[list[Answer], list[str]]:
     return answers, _shortened(problems)
 
 
-def _answers_of(row: Any, where: str) -> Iterator[Answer]:
+def answers_of(row: Any, where: str) -> Iterator[Answer]:
+    """The answers of one line of a file.
+
+    Args:
+        row: the line's JSON.
+        where: file and line, for messages.
+
+    Raises:
+        ValueError: it is none of the three formats.
+    """
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, found {type(row).__name__}")
     if set(row) == {"settings"}:  # the first line of evaluate.py
@@ -92,11 +101,12 @@ def _answers_of(row: Any, where: str) -> Iterator[Answer]:
         yield _answer(where, row, prompt=row["input"], response=row["output"], reward=row["score"], decoded=True)
     elif "responses" in row:
         _require(row, "prompt", "responses", "accs")
-        finished = row.get("finished") or [None] * len(row["responses"])
-        if not len(row["responses"]) == len(row["accs"]) == len(finished):
-            raise ValueError("responses, accs and finished must have the same length")
-        for response, reward, ended in zip(row["responses"], row["accs"], finished, strict=True):
-            yield _answer(where, {}, prompt=row["prompt"], response=response, reward=reward, finished=ended)
+        finished, ids = (row.get(name) or [None] * len(row["responses"]) for name in ("finished", "response_ids"))
+        if not len(row["responses"]) == len(row["accs"]) == len(finished) == len(ids):
+            raise ValueError("responses, accs, finished and response_ids must have the same length")
+        for response, reward, ended, tokens in zip(row["responses"], row["accs"], finished, ids, strict=True):
+            known = {"prompt_ids": row.get("prompt_ids"), "response_ids": tokens}
+            yield _answer(where, known, prompt=row["prompt"], response=response, reward=reward, finished=ended)
     else:
         _require(row, "prompt_ids" if "prompt_ids" in row else "prompt", "score")
         _require(row, "response_ids" if "response_ids" in row else "response")

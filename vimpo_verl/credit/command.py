@@ -90,18 +90,11 @@ def _scored(inputs, arguments: argparse.Namespace) -> dict:
     Raises:
         ValueError: a checkpoint cannot be merged, or a number is not finite.
     """
-    import torch
     from tqdm import tqdm
 
-    from vimpo_verl.checkpoint import NotAModel, huggingface_folder
     from vimpo_verl.credit import models, report, scoring
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        folders = [huggingface_folder(model.found) for model in (inputs.policy, inputs.reference)]
-    except NotAModel as error:
-        raise ValueError(str(error)) from error
-    policy, reference = (models.load(folder, device, arguments.dtype) for folder in folders)
+    policy, reference = models.load_pair(inputs.policy, inputs.reference, arguments.device, arguments.dtype)
     progress = tqdm(total=sum(map(len, inputs.groups)), desc="answers", disable=None)
     groups = []
     for group in inputs.groups:

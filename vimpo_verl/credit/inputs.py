@@ -37,23 +37,11 @@ class Inputs:
 
 def gather(arguments: argparse.Namespace) -> tuple[Inputs | None, list[str]]:
     """The inputs that the command line asks for, or what is wrong with them, each a sentence."""
-    policy, problems = models.describe(arguments.policy, "policy")
-    run = of_run(policy.found) if policy else RunSettings()
-    problems += run.problems
-    reference = None
-    if arguments.reference or run.reference:
-        reference, more = models.describe(arguments.reference or run.reference, "reference")
-        problems += more
-    elif policy or _is_model(arguments.policy):
-        problems.append(
-            "reference: not known from a run's configuration: give --reference, the model that training started from"
-        )
+    policy, reference, run, problems = describe_pair(arguments.policy, arguments.reference)
     answers, more = _answers(arguments.answers or run.answers)
     problems += more
     data = arguments.data or [path for path in run.data if path.is_file()]
     problems += [f"--data {path}: there is no such file" for path in data if not path.is_file()]
-    if policy and reference:
-        problems += models.differences(policy, reference)
     if problems:
         return None, problems
     encoder = Encoder(policy.tokenizer, data, run.template, run.max_response_tokens)
@@ -68,6 +56,31 @@ def gather(arguments: argparse.Namespace) -> tuple[Inputs | None, list[str]]:
         settings={}, notes=[*encoder.notes],
     )  # fmt: skip
     return replace(inputs, settings=_shown(inputs, arguments, run, answers)), problems
+
+
+def describe_pair(
+    policy_path: Path, reference_path: Path | None
+) -> tuple[models.Described | None, models.Described | None, RunSettings, list[str]]:
+    """Policy, reference and the settings of the policy's run, and what is wrong with them, each a sentence.
+
+    Args:
+        policy_path: as for `models.describe`.
+        reference_path: the same; None: as the run's configuration says.
+    """
+    policy, problems = models.describe(policy_path, "policy")
+    run = of_run(policy.found) if policy else RunSettings()
+    problems += run.problems
+    reference = None
+    if reference_path or run.reference:
+        reference, more = models.describe(reference_path or run.reference, "reference")
+        problems += more
+    elif policy or _is_model(policy_path):
+        problems.append(
+            "reference: not known from a run's configuration: give --reference, the model that training started from"
+        )
+    if policy and reference:
+        problems += models.differences(policy, reference)
+    return policy, reference, run, problems
 
 
 def _is_model(path: Path) -> bool:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from vimpo_verl.checkpoint import Checkpoint, NotAModel, locate
+from vimpo_verl.checkpoint import Checkpoint, NotAModel, huggingface_folder, locate
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,28 @@ def differences(policy: Described, reference: Described) -> list[str]:
     return problems
 
 
-def load(folder: Path, device: str, dtype: str):
-    """The causal language model in a Hugging Face folder, ready to score."""
+def load_pair(policy: Described, reference: Described, device: str | None, dtype: str) -> list:
+    """Both causal language models, ready to score; a checkpoint is merged first.
+
+    Args:
+        policy, reference: what to load.
+        device: None: cuda if there is one, else cpu.
+        dtype: of the weights, by its name in torch.
+
+    Raises:
+        ValueError: a checkpoint cannot be merged.
+    """
+    import torch
+
+    try:
+        folders = [huggingface_folder(model.found) for model in (policy, reference)]
+    except NotAModel as error:
+        raise ValueError(str(error)) from error
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return [_load(folder, device, dtype) for folder in folders]
+
+
+def _load(folder: Path, device: str, dtype: str):
     import torch
     from transformers import AutoModelForCausalLM
 
