@@ -31,9 +31,10 @@ from vimpo_verl.evaluation import majority, pass_at_k
 from vimpo_verl.ranking import best_of_n, weighted_majority
 
 TITLE = "The policy as its own verifier"
-START_ACCURACY, BATCHES, LR, BETA, KL_LOSS_COEF = 0.34, 60, 1e-3, 0.05, 0.1
+START_ACCURACY, BATCHES, LR, BETA, LARGE_BETA, KL_LOSS_COEF = 0.34, 60, 1e-3, 0.05, 0.2, 0.1
 LOSSES = {
     "VIMPO": functools.partial(vimpo_loss, beta=BETA),
+    f"VIMPO, beta {LARGE_BETA}": functools.partial(vimpo_loss, beta=LARGE_BETA),
     "GRPO": grpo_loss,
     f"GRPO, KL loss {KL_LOSS_COEF}": functools.partial(grpo, setting=Setting("grpo", coeff=KL_LOSS_COEF)),
 }
