@@ -103,8 +103,8 @@ class Cluster:
         processes = [name for name in self.run(node, "ps", "-eo", "comm=").split("\n") if name not in own]
         return processes + self.run(node, "find", "/dev/shm", "/tmp", "-mindepth", "1", "-maxdepth", "1").split()
 
-    def assert_clean(self, seconds: float = 30) -> None:
-        for node in self.nodes:
+    def assert_clean(self, *nodes: str, seconds: float = 30) -> None:
+        for node in nodes or self.nodes:
             left = functools.partial(self.left_on, node)
             wait_until(lambda left=left: not left(), seconds, f"{node} is clean", lambda left=left: str(left()))
 
