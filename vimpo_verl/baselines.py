@@ -49,7 +49,9 @@ def capped_baseline(outcome: Tensor, group: Sequence[Hashable], cap: float) -> T
     return F.group_baseline(outcome, group, cap=cap)
 
 
-def soft_baseline(outcome: Tensor, group: Sequence[Hashable], sequence_kl: Tensor, beta: float) -> Tensor:
+def soft_baseline(
+    outcome: Tensor, group: Sequence[Hashable], sequence_kl: Tensor, beta: float, *, cap: float | None = None
+) -> Tensor:
     """Mean over the group of R_j - beta * sum_t KL_jt: the value of the KL-regularised problem (VIMPO's authors' code).
 
     It belongs to the loss without kappa, 1/2 ( sum_t rho_t - (R - V0) )^2. Beside kappa it counts the KL twice: sum_t td
@@ -60,6 +62,7 @@ def soft_baseline(outcome: Tensor, group: Sequence[Hashable], sequence_kl: Tenso
         outcome, group: as for `capped_baseline`.
         sequence_kl: [B], the sum of KL( policy || reference ) over the valid tokens of each sequence, in nats.
         beta: weight of the reference, > 0.
+        cap: upper bound of the baseline, or None.
 
     Raises:
         ValueError: as for `functional.group_baseline`; sequence_kl does not fit outcome, or beta is out of range.
@@ -67,7 +70,7 @@ def soft_baseline(outcome: Tensor, group: Sequence[Hashable], sequence_kl: Tenso
     F.require_positive(beta=beta)
     rewards, _ = F.grouped(outcome, group)
     _require_each(rewards, sequence_kl=sequence_kl)
-    return F.group_baseline(rewards - beta * F.accumulating(sequence_kl.detach()), group)
+    return F.group_baseline(rewards - beta * F.accumulating(sequence_kl.detach()), group, cap=cap)
 
 
 # ---- from the batch --------------------------------------------------------------------------------------------------
