@@ -7,6 +7,9 @@ from contract_checks import Called, Derives, Holds, Mentions, Parameters
 
 ALGOS = "verl.trainer.ppo.core_algos"
 TRAINER = "verl.trainer.ppo.v1.trainer_base:PPOTrainer"
+OLDER_TRAINER = "verl.trainer.ppo.ray_trainer:RayPPOTrainer"
+ONE_STEP_OFF = "verl.experimental.one_step_off_policy.ray_trainer:OneStepOffRayTrainer"
+FULLY_ASYNC = "verl.experimental.fully_async_policy.fully_async_rollouter:FullyAsyncRollouter"
 WORKERS = "verl.workers.engine_workers"
 ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
 LOSSES = "verl.workers.utils.losses"
@@ -57,10 +60,23 @@ CONTRACT = {
         ("verl.workers.config:PolicyLossConfig", Called(0, ("loss_mode",))),
         ("verl.workers.config:PolicyLossConfig", Derives("verl_patches.policy_loss_config:VimpoPolicyLossConfig")),
         ("verl:__version__", Holds(())),
+        # the reference's precision
+        (f"{ENGINE}._build_fsdp_module", Mentions(("mixed_precision", "param_dtype", "buffer_dtype"))),
+        (f"{ENGINE}._build_module", Mentions(("model_dtype",))),
+        (f"{ENGINE}._build_model_optimizer", Mentions(("forward_only", "_apply_qat"))),
+    ],
+    "refusal of other trainers": [
+        (
+            f"{OLDER_TRAINER}._create_dataloader",
+            Parameters(("self", "train_dataset", "val_dataset", "collate_fn", "train_sampler")),
+        ),
+        (f"{OLDER_TRAINER}.__init__", Mentions(("config", "_create_dataloader"))),
+        (f"{ONE_STEP_OFF}.__init__", Mentions(("config", "_create_dataloader"))),
+        (f"{FULLY_ASYNC}.__ray_actor_class__.__init__", Mentions(("config", "_create_dataloader"))),
     ],
     "trainer, worker, joint pass and value loss": [
         ("verl.trainer.ppo.v1.trainer_base:TRAINER_REGISTRY", Holds(("sync", "colocate_async"))),
-        ("verl.trainer.ppo.v1.trainer_base:get_trainer_cls", Called(1)),
+        ("verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.run", Mentions(("get_trainer_cls", "config"))),
         (f"{TRAINER}.__init__", Parameters(("self", "config"))),
         (f"{TRAINER}.__init__", Mentions(("config", "use_reference_policy"))),
         (f"{TRAINER}._init_resource_pool_mgr", Parameters(("self",))),
@@ -144,6 +160,28 @@ CONTRACT = {
             "verl.utils.experimental.torch_functional:FusedLinearForPPO.forward",
             Parameters(("self", "hidden_states", "vocab_weights", "input_ids", "temperature")),
         ),
+        # responses that are missing, and mini-batches that were skipped
+        (f"{TRAINER}._submit_batch_to_rollout", Parameters(("self", "batch"))),
+        (f"{TRAINER}._submit_batch_to_rollout", Mentions(("uid", "generate_sequences"))),
+        (f"{AGENT_LOOP}._run_prompt", Mentions(("__rollout_n__", "failure", "uid"))),
+        ("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.__init__", Mentions(("failure_keys",))),
+        (f"{WORKERS}:TrainingWorker._postprocess_output", Mentions(("grad_norm", "metrics"))),
+        # c_A in every loss_agg_mode
+        (
+            f"{ALGOS}:agg_loss",
+            Called(
+                0,
+                (
+                    "loss_mat",
+                    "loss_mask",
+                    "loss_agg_mode",
+                    "batch_num_tokens",
+                    "global_batch_size",
+                    "loss_scale_factor",
+                ),
+            ),
+        ),
+        (f"{TRAINER}._update_actor", Mentions(("global_batch_size", "ppo_mini_batch_size", "rollout", "n"))),
         # the value loss
         (f"{LOSSES}:ppo_loss", Called(0, ("config", "model_output", "data", "dp_group"))),
         (
@@ -256,9 +294,15 @@ CONFIG_KEYS = {
     "actor_rollout_ref.actor.kl_loss_coef": ANY,
     "actor_rollout_ref.actor.entropy_coeff": 0,
     "actor_rollout_ref.actor.ppo_epochs": 1,
+    "actor_rollout_ref.actor.ppo_mini_batch_size": ANY,
+    "actor_rollout_ref.actor.loss_agg_mode": "token-mean",
+    "actor_rollout_ref.actor.loss_scale_factor": None,
     "actor_rollout_ref.actor.use_prefix_grouper": False,
     "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 1,
+    "actor_rollout_ref.actor.fsdp_config.qat.enable": False,
     "actor_rollout_ref.ref.strategy": ANY,
+    "actor_rollout_ref.ref.fsdp_config.dtype": "bfloat16",
+    "actor_rollout_ref.ref.fsdp_config.model_dtype": "fp32",
     "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size": 1,
     "actor_rollout_ref.ref.log_prob_micro_batch_size": None,
     "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": None,

@@ -68,12 +68,15 @@ def actor_coeff(samples, sums, targets, beta, alpha=0.1):
     """alpha * beta * mean_length * rms_over_tokens(residual) * max(0, correlation within groups)."""
     lengths = [sum(s.mask) for s in samples]
     square = sum(n * (s - r) ** 2 for n, s, r in zip(lengths, sums, targets, strict=True)) / sum(lengths)
-    centred = []
-    for sample, own in zip(samples, sums, strict=True):
-        members = [s for other, s in zip(samples, sums, strict=True) if other.uid == sample.uid]
-        centred.append(own - sum(members) / len(members))
-    numerator = sum(a * b for a, b in zip(centred, targets, strict=True))
-    scale = (sum(a * a for a in centred) * sum(b * b for b in targets)) ** 0.5
+    judged = [i for i, length in enumerate(lengths) if length]  # without a valid token there is no judgement
+
+    def centred(values):
+        means = {samples[i].uid: [values[j] for j in judged if samples[j].uid == samples[i].uid] for i in judged}
+        return [values[i] - sum(means[samples[i].uid]) / len(means[samples[i].uid]) for i in judged]
+
+    s, r = centred(sums), centred([sample.outcome for sample in samples])
+    numerator = sum(a * b for a, b in zip(s, r, strict=True))
+    scale = (sum(a * a for a in s) * sum(b * b for b in r)) ** 0.5
     trust = max(0.0, numerator / scale) if scale > 0 else 0.0
     return alpha * beta * sum(lengths) / len(lengths) * square**0.5 * trust
 

@@ -115,7 +115,6 @@ def make_config(path, *overrides):
         "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False",
         "actor_rollout_ref.ref.fsdp_config.use_torch_compile=False",
         "+actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32",
-        "+actor_rollout_ref.ref.fsdp_config.mixed_precision.param_dtype=fp32",
         "actor_rollout_ref.rollout.n=2",
         "actor_rollout_ref.rollout.calculate_log_probs=False",
         "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
@@ -131,13 +130,17 @@ def make_config(path, *overrides):
     return config
 
 
-def make_trainer(config, monkeypatch):
-    """VIMPO's trainer of the configured mode with the hybrid worker in this process, and the queue that both use."""
+def make_trainer(config, monkeypatch, stock=None):
+    """VIMPO's trainer of the configured mode with the hybrid worker in this process, and the queue that both use.
+
+    `stock`: a trainer class of a user's own, in the place of verl's.
+    """
     import transfer_queue
     import verl.workers.engine_workers as engine_workers
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
     from verl_patches.switch import knobs_of
+    from verl_patches.trainer import trainer_class
     from verl_patches.worker import VimpoActorRolloutRefWorker
 
     queue = InMemoryQueue()
@@ -146,8 +149,10 @@ def make_trainer(config, monkeypatch):
     monkeypatch.setattr(engine_workers, "get_rollout_class", lambda name, mode: lambda **_: None)
     worker = VimpoActorRolloutRefWorker(config=config.actor_rollout_ref, role="actor_rollout_ref")
     worker.init_model()
-    trainer = object.__new__(TRAINER_REGISTRY[config.trainer.v1.trainer_mode])  # its __init__ starts Ray
+    trainer_type = trainer_class(stock or TRAINER_REGISTRY[config.trainer.v1.trainer_mode], config)
+    trainer = object.__new__(trainer_type)  # its __init__ makes a replay buffer
     trainer.config, trainer.knobs, trainer.global_steps = config, knobs_of(config)[0], 1
+    trainer.rollout_n, trainer.scale_said = {}, False
     trainer.actor_rollout_wg = InProcessGroup(worker, queue)
     return trainer, queue
 

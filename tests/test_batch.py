@@ -65,13 +65,14 @@ def loop_metrics(inputs, expected):
     lengths = [int(row.sum()) for row in mask]
     tokens = sum(lengths)
     residuals = [s - t for s, t in zip(expected["sums"], expected["targets"], strict=True)]
+    judged = [i for i in range(8) if lengths[i]]  # S = 0 of a sequence without a valid token is no judgement
 
     def centred(values):
-        means = {g: _mean([v for v, other in zip(values, GROUPS, strict=True) if other == g]) for g in GROUPS}
-        return [v - means[g] for v, g in zip(values, GROUPS, strict=True)]
+        means = {g: _mean([values[i] for i in judged if GROUPS[i] == g]) for g in {GROUPS[i] for i in judged}}
+        return [values[i] - means[GROUPS[i]] for i in judged]
 
     s, r = centred(expected["sums"]), centred(OUTCOME.tolist())
-    pairs = [(i, j) for i in range(8) for j in range(8) if GROUPS[i] == GROUPS[j] and OUTCOME[i] > OUTCOME[j]]
+    pairs = [(i, j) for i in judged for j in judged if GROUPS[i] == GROUPS[j] and OUTCOME[i] > OUTCOME[j]]
     won = sum(1.0 if expected["sums"][i] > expected["sums"][j] else 0.0 for i, j in pairs)
     raw = [expected["raw"][i, t].item() for i in range(8) for t in range(LENGTH) if mask[i, t]]
     return {
@@ -80,7 +81,8 @@ def loop_metrics(inputs, expected):
         "vimpo/target_rms": math.sqrt(sum(n * x * x for n, x in zip(lengths, expected["targets"], strict=True)) / tokens),
         "vimpo/advantage_std": math.sqrt(sum((a - _mean(raw)) ** 2 for a in raw) / (len(raw) - 1)),
         "vimpo/outcome_correlation": _dot(s, r) / math.sqrt(_dot(s, s) * _dot(r, r)),
-        "vimpo/value_explained_variance": 1 - _variance(residuals) / _variance(expected["targets"]),
+        "vimpo/value_explained_variance": 1
+        - _variance([residuals[i] for i in judged]) / _variance([expected["targets"][i] for i in judged]),
         "vimpo/outcome_auc": won / len(pairs),
     }, tokens / 8  # fmt: skip
 
@@ -152,6 +154,34 @@ def test_actor_coeff(seed):
 def test_both_signs_of_the_correlation_were_tested():
     signs = {compute(make_inputs(seed)).metrics["vimpo/outcome_correlation"] > 0 for seed in range(6)}
     assert signs == {True, False}
+
+
+def test_sequences_masked_out_whole_pass_no_judgement():
+    """Two of eight, in their groups, with rewards: S follows the outcomes wherever there is one, so trust is whole."""
+    outcome = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0])
+    mask = torch.ones(8, 2)
+    mask[[2, 7]] = 0
+    log_prob = torch.where(outcome > 0, 1.0, -1.0).unsqueeze(-1).expand(8, 2)
+    batch = compute_batch(
+        old_log_prob=log_prob,
+        ref_log_prob=torch.zeros(8, 2),
+        token_kl=torch.zeros(8, 2),
+        response_mask=mask,
+        outcome=outcome,
+        group=["a"] * 4 + ["b"] * 4,
+        config=VimpoConfig(actor_coeff=0.3, beta=0.25),
+        lam=1.0,
+    )
+    assert batch.metrics["vimpo/outcome_correlation"] == pytest.approx(1.0, abs=1e-12)
+    assert batch.metrics["vimpo/outcome_auc"] == 1.0
+    assert batch.actor_coeff == pytest.approx(0.3, abs=1e-12)
+    # Their rewards are in the baselines: 2 / 4 and 3 / 4.
+    target = [0.5, -0.5, 0.0, -0.5, 0.25, -0.75, 0.25, 0.0]
+    torch.testing.assert_close(batch.returns[:, 0], torch.tensor(target))
+    residual = [0.0, 0.0, 0.0, 0.25, 0.25, 0.25]  # S is 0.5 or -0.5
+    judged = [0.5, -0.5, -0.5, 0.25, -0.75, 0.25]
+    expected = 1 - _variance(residual) / _variance(judged)
+    assert batch.metrics["vimpo/value_explained_variance"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("pad_group", ["pad", "a"])

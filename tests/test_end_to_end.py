@@ -2,7 +2,8 @@
 
 Claimed: VIMPO trains through stock verl by the one switch; kl is exactly 0 at the first step and positive after; a run
 resumes from its checkpoint; two data-parallel ranks work; a step takes no more model forwards than GRPO with a reference;
-a GRPO run with the package installed has the metrics of one without, bit for bit. Not claimed here: that it learns (three
+a GRPO run with the package installed has the metrics of one without, bit for bit, also from a `__main__` runner, with a trainer
+derived from the registered one and with a checkpoint callback. Not claimed here: that it learns (three
 steps are too few; examples/quickstart.sh shows that) and anything about GPUs.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PLUGINS = ROOT / "tests/plugins"
 RUN_TINY = ROOT / "examples/tiny/run_tiny.sh"
 SEQUENCES = 32  # a step
 VIMPO_STEPS, GRPO_STEPS = 5, 3
@@ -43,6 +45,7 @@ class Run:
     """A finished run: its metrics a step, its forwards, its log."""
 
     def __init__(self, folder: Path):
+        self.folder = folder
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         self.steps: dict[int, dict[str, float]] = {}
         for record in records:
@@ -64,7 +67,7 @@ def run_tiny(folder: Path, algo: str, steps: int, *overrides: str, **environment
         "STEPS": str(steps),
         "OUT": str(folder),
         "VERL_USE_EXTERNAL_MODULES": "count_forwards",
-        "PYTHONPATH": str(Path(__file__).parent / "plugins"),
+        "PYTHONPATH": os.pathsep.join((str(PLUGINS), str(ROOT))),
         "COUNT_FORWARDS": str(folder / "forwards.txt"),
         **environment,
     }
@@ -108,7 +111,7 @@ def test_first_step_is_half_the_mean_square_of_the_targets(vimpo_run):
     assert first["vimpo/actor_coeff"] == 0.0 and first["vimpo/outcome_correlation"] == 0.0
 
 
-def test_driver_says_that_vimpo_is_in_force(vimpo_run):
+def test_the_trainer_says_that_vimpo_is_in_force(vimpo_run):
     _, run = vimpo_run
     assert run.log.count("VIMPO in force on verl") == 1
 
@@ -137,13 +140,62 @@ def test_step_takes_the_forwards_of_grpo_with_a_reference(vimpo_run, grpo_run):
         assert run.forwards == {("policy", "infer"): once, ("reference", "infer"): once, ("policy", "train"): once}
 
 
-def test_grpo_is_untouched_by_the_package(grpo_run, tmp_path):
-    without = run_tiny(tmp_path, "grpo", GRPO_STEPS, *GRPO, **REPRODUCIBLE, VERL_USE_EXTERNAL_PLUGINS="vimpo_cpu")
-    assert "vimpo_verl" not in without.log and "loaded, inert" in grpo_run.log
-    assert sorted(without.steps) == [1, 2, 3]
-    for step, expected in without.steps.items():
-        assert expected["actor/grad_norm"] > 0 and len(_results(expected)) > 50
+@pytest.fixture(scope="module")
+def grpo_without(tmp_path_factory) -> Run:
+    """The plugin is not loaded. Saves a checkpoint of its last step, for others to be compared with."""
+    folder, save = tmp_path_factory.mktemp("without"), f"trainer.save_freq={GRPO_STEPS}"
+    run = run_tiny(folder, "grpo", GRPO_STEPS, *GRPO, save, **REPRODUCIBLE, VERL_USE_EXTERNAL_PLUGINS="vimpo_cpu")
+    assert "vimpo_verl" not in run.log and sorted(run.steps) == [1, 2, 3]
+    assert all(step["actor/grad_norm"] > 0 and len(_results(step)) > 50 for step in run.steps.values())
+    return run
+
+
+def test_grpo_is_untouched_by_the_package(grpo_run, grpo_without):
+    assert "loaded, inert" in grpo_run.log
+    for step, expected in grpo_without.steps.items():
         assert _results(grpo_run.steps[step]) == _results(expected)
+
+
+@pytest.fixture
+def users_program(tmp_path) -> str:
+    """A python that runs tests/plugins/users_run.py where examples/tiny/run_tiny.sh wants verl.trainer.main_ppo."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/usr/bin/env bash\nexec {ROOT}/.venv/bin/python "${{@/#verl.trainer.main_ppo/users_run}}"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
+CALLBACK = "trainer.checkpoint_callback_class=users_run.UsersCallback"
+
+
+@pytest.mark.slow
+def test_grpo_of_a_users_own_program_is_untouched_by_the_package(grpo_without, users_program, tmp_path):
+    """A runner in __main__, a trainer derived from the registered one, a checkpoint callback: all three in one run."""
+    overrides = (*GRPO, CALLBACK, f"trainer.save_freq={GRPO_STEPS}")
+    run = run_tiny(tmp_path / "run", "grpo", GRPO_STEPS, *overrides, **REPRODUCIBLE, PYTHON=users_program)
+    assert "loaded, inert" in run.log and "UsersTaskRunner" in run.log
+    for step, expected in grpo_without.steps.items():
+        assert _results(run.steps[step]) == {**_results(expected), "users/steps_seen": step}
+    last = f"checkpoints/global_step_{GRPO_STEPS}"
+    (called,) = [json.loads(line) for line in (run.folder / "checkpoints/callback.jsonl").read_text().splitlines()]
+    assert called["step"] == called["steps_seen"] == GRPO_STEPS
+    assert called["files"] == _files(run.folder / last) == _files(grpo_without.folder / last)
+    for name in called["files"]:
+        if name.endswith(".pt") and "model" in name:
+            assert (run.folder / last / name).read_bytes() == (grpo_without.folder / last / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_vimpo_in_a_users_own_program(users_program, tmp_path):
+    run = run_tiny(tmp_path / "run", "vimpo", 2, CALLBACK, "trainer.save_freq=2", PYTHON=users_program)
+    assert run.log.count("VIMPO in force on verl") == 1 and "in VimpoUsersTrainer" in run.log
+    assert run.steps[1]["vimpo/kl"] == 0.0 < run.steps[2]["vimpo/kl"]
+    assert [run.steps[step]["users/steps_seen"] for step in (1, 2)] == [1, 2]
+    assert (run.folder / "checkpoints/callback.jsonl").exists()
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def _results(metrics: dict[str, float]) -> dict[str, float]:

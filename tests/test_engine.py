@@ -35,7 +35,7 @@ def assert_gradients_close(actual, expected, tolerance=TOLERANCE):
 def assert_step_agrees(result, expected):
     for name, rows in expected["tokens"].items():
         assert_close(torch.cat(result.per_token[name]), torch.cat(rows))
-    assert_close(result.batch.actor_coeff, expected["coeff"])
+    assert_close(result.batch.actor_coeff, expected["coeff"], 5e-5)  # its correlation is one of differences of sums
     assert len(result.gradients) == len(expected["updates"])
     for gradients, update in zip(result.gradients, expected["updates"], strict=True):
         assert_gradients_close(gradients, update["gradients"])

@@ -263,7 +263,7 @@ def test_dry_run_prints_the_configuration_and_starts_nothing(tmp_path):
     done = subprocess.run(["bash", str(SCRIPT)], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["algorithm"]["adv_estimator"] == "vimpo"
-    assert "VIMPO in force" in done.stderr
+    assert "VIMPO accepted with this configuration" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -158,10 +158,11 @@ def test_driver_refuses_the_old_trainer_with_noise():
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "vimpo"])
-def test_driver_says_that_noise_is_in_force(estimator, capsys):
+def test_driver_says_that_noise_is_accepted(estimator, capsys):
     validate(compose(f"algorithm.adv_estimator={estimator}", *NOISE))
     assert (
-        "reward noise in force, in training only: RewardNoiseConfig(flip_prob=0.4, seed=3)" in capsys.readouterr().out
+        "reward noise accepted with this configuration: RewardNoiseConfig(flip_prob=0.4, seed=3)"
+        in capsys.readouterr().out
     )
     validate(compose(f"algorithm.adv_estimator={estimator}"))
     assert "noise" not in capsys.readouterr().out
@@ -183,7 +184,9 @@ def trainer_of(monkeypatch, *overrides, mode="sync"):
         self.config = config
 
     monkeypatch.setattr(base.PPOTrainer, "__init__", initialise)
-    trainer = base.get_trainer_cls(mode)(config=compose(*overrides))
+    config = compose(*overrides, f"trainer.v1.trainer_mode={mode}")
+    validate(config)
+    trainer = base.get_trainer_cls(mode)(config=config)
     return trainer, initialised
 
 
@@ -193,28 +196,30 @@ def test_without_noise_the_trainers_are_what_they_are(monkeypatch, mode, overrid
     from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-    from verl_patches.trainer import VimpoTrainerColocateAsync, VimpoTrainerSync
+    from verl_patches.reward_noise import RewardNoise
 
     stock, initialised = trainer_of(monkeypatch, *overrides, mode=mode)
     assert type(stock) is {"sync": PPOTrainerSync, "colocate_async": PPOTrainerColocateAsync}[mode]
     assert initialised == [type(stock)]
     vimpo, initialised = trainer_of(monkeypatch, "algorithm.adv_estimator=vimpo", *overrides, mode=mode)
-    assert type(vimpo) is {"sync": VimpoTrainerSync, "colocate_async": VimpoTrainerColocateAsync}[mode]
+    assert isinstance(vimpo, type(stock)) and not isinstance(vimpo, RewardNoise)
     assert initialised == [type(vimpo)]
 
 
 @pytest.mark.parametrize("mode", ["sync", "colocate_async"])
 @pytest.mark.parametrize("estimator", ["grpo", "vimpo"])
-def test_with_noise_the_trainer_differs_in_the_advantage_alone(monkeypatch, mode, estimator):
+def test_with_noise_the_trainer_differs_in_the_advantage_alone(monkeypatch, mode, estimator, capsys):
     from verl_patches.reward_noise import RewardNoise
 
     plain, _ = trainer_of(monkeypatch, f"algorithm.adv_estimator={estimator}", mode=mode)
+    assert "reward noise" not in capsys.readouterr().out
     noisy, initialised = trainer_of(monkeypatch, f"algorithm.adv_estimator={estimator}", *NOISE, mode=mode)
-    assert isinstance(noisy, RewardNoise) and isinstance(noisy, type(plain))
+    said = "reward noise in force, in training only: RewardNoiseConfig(flip_prob=0.4, seed=3)"
+    assert capsys.readouterr().out.count(said) == 1
+    behind = type(noisy).__mro__[2]
+    assert isinstance(noisy, RewardNoise) and behind.__mro__[1:] == type(plain).__mro__[1:]
     assert initialised == [type(noisy)], "initialised once"
-    differing = {
-        name for name in dir(type(noisy)) if getattr(type(noisy), name) is not getattr(type(plain), name, None)
-    }
+    differing = {name for name in dir(type(noisy)) if getattr(type(noisy), name) is not getattr(behind, name, None)}
     assert {name for name in differing if not name.startswith("__")} <= {"_compute_advantage", "_abc_impl"}
 
 

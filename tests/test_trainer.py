@@ -5,8 +5,10 @@ pass, advantage, update. Ray, TransferQueue and vLLM are in test_end_to_end.py.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace as Namespace
 
 import engine_formula
+import numpy as np
 import pytest
 import torch
 from engine_harness import parameters_of
@@ -41,6 +43,44 @@ def test_two_steps_agree_with_the_formula(models, trainer_and_queue):
     second = run_trainer_step(trainer, queue, samples)
     assert second["vimpo/kl"] > 0 and second["vimpo/value_loss"] < first["vimpo/value_loss"]
     assert second["vimpo/outcome_correlation"] > 0 and second["vimpo/actor_coeff"] > 0
+
+
+PRECISIONS = {
+    "float16": ["++{}.mixed_precision.param_dtype=fp16"],
+    "bfloat16": ["++{}.mixed_precision.param_dtype=bf16"],
+    "bfloat16 weights": ["{}.model_dtype=bf16", "++{}.mixed_precision.param_dtype=bf16"],
+}
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_kl_is_exactly_0_at_the_first_step_in_the_policys_precision(models, monkeypatch, precision, strategy):
+    """The recipe gives the actor's alone. A reference that rounds otherwise would have a KL of 1e-4 to itself."""
+    overrides = [override.format("actor_rollout_ref.actor.fsdp_config") for override in PRECISIONS[precision]]
+    config = make_config(models / "policy", *overrides, f"actor_rollout_ref.actor.strategy={strategy}")
+    trainer, queue = make_trainer(config, monkeypatch)
+    assert run_trainer_step(trainer, queue, make_samples())["vimpo/kl"] == 0.0
+    for row in queue.rows.values():
+        assert torch.equal(row["old_log_probs"], row["ref_log_prob"])
+
+
+def test_a_derived_trainers_own_step_runs_inside_vimpos(models, monkeypatch):
+    """And VIMPO's result is that of verl's own trainer."""
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    class OfAUser(PPOTrainerSync):
+        def _compute_advantage(self, batch, metrics):
+            batch = super()._compute_advantage(batch, metrics)
+            metrics["of_a_user/advantages"] = float("advantages" in queue.rows[batch.keys[0]])
+            return batch
+
+    samples = make_samples(tool_tokens=False)
+    expected = run_trainer_step(*make_trainer(make_config(models / "policy"), monkeypatch), samples)
+    trainer, queue = make_trainer(make_config(models / "policy"), monkeypatch, stock=OfAUser)
+    found = run_trainer_step(trainer, queue, samples)
+    assert isinstance(trainer, OfAUser) and found.pop("of_a_user/advantages") == 1.0
+    for name in METRICS | {"actor/grad_norm"}:
+        assert float(found[name]) == float(expected[name]), name
 
 
 def test_what_the_trainer_leaves_in_the_queue(trainer_and_queue):
@@ -154,30 +194,115 @@ def test_a_td_that_overflows_is_named(trainer_and_queue):
         trainer._compute_advantage(batch, metrics)
 
 
-def test_a_gradient_that_is_not_finite_is_counted_and_changes_nothing(trainer_and_queue, monkeypatch, capsys):
+def poison_updates(monkeypatch, *poisoned):
+    """The loss of the updates with these numbers, counted from 0, is NaN."""
     from verl_patches.value_branch import VimpoLoss
+    from verl_patches.worker import VimpoTrainingWorker
 
+    loss, train_batch, started = VimpoLoss._loss, VimpoTrainingWorker.train_batch, []
+
+    def counted(self, data):
+        started.append(None)
+        return train_batch(self, data)
+
+    def poison(self, *args):
+        value, metrics = loss(self, *args)
+        return (value * torch.nan if len(started) - 1 in poisoned else value), metrics
+
+    monkeypatch.setattr(VimpoTrainingWorker, "train_batch", counted)
+    monkeypatch.setattr(VimpoLoss, "_loss", poison)
+
+
+def test_a_gradient_that_is_not_finite_is_counted_and_changes_nothing(trainer_and_queue, monkeypatch, capsys):
     trainer, queue = trainer_and_queue
-    assert run_trainer_step(trainer, queue, make_samples())["vimpo/update_skipped"] == 0.0
+    poison_updates(monkeypatch, 1)
+    assert run_trainer_step(trainer, queue, make_samples())["vimpo/update_skipped"] == 0
     before = parameters_of(trainer.actor_rollout_wg.worker.actor.engine)
-    loss = VimpoLoss._loss
-    monkeypatch.setattr(VimpoLoss, "_loss", lambda self, *args: (loss(self, *args)[0] * torch.nan, {}))
-    assert run_trainer_step(trainer, queue, make_samples())["vimpo/update_skipped"] == 1.0
-    assert "step 1: the gradient is not finite (actor/grad_norm=nan)" in capsys.readouterr().err
+    assert run_trainer_step(trainer, queue, make_samples())["vimpo/update_skipped"] == 1
+    said = "step 1: the gradient is not finite in 1 of 1 mini-batches: verl has skipped the optimiser step, the weights are"
+    assert said in capsys.readouterr().err
     after = parameters_of(trainer.actor_rollout_wg.worker.actor.engine)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("dropped", [0, 3])
-def test_responses_that_verl_left_out_are_counted(trainer_and_queue, monkeypatch, capsys, dropped):
-    """verl fills the batch with placeholders afterwards; a reward that raised would not be seen."""
+def test_of_several_mini_batches_those_skipped_are_counted(models, monkeypatch, capsys):
+    config = make_config(
+        models / "policy", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "actor_rollout_ref.actor.ppo_epochs=2"
+    )
+    trainer, queue = make_trainer(config, monkeypatch)
+    before = parameters_of(trainer.actor_rollout_wg.worker.actor.engine)
+    poison_updates(monkeypatch, 0, 2)
+    metrics = run_trainer_step(trainer, queue, make_samples(tool_tokens=False))
+    assert metrics["vimpo/update_skipped"] == 2
+    said = capsys.readouterr().err
+    assert "the gradient is not finite in 2 of 4 mini-batches" in said and "as before" not in said
+    after = parameters_of(trainer.actor_rollout_wg.worker.actor.engine)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def balance(trainer, queue, monkeypatch, samples, lost=()):
+    """verl's stage in which the responses are counted; `lost`: prompts of which nothing came back."""
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
-    trainer, queue = trainer_and_queue
     monkeypatch.setattr(PPOTrainer, "_balance_batch", lambda self, batch, metrics: batch)
-    trainer.parameter_sync_step = 1
-    asked = trainer.config.data.train_batch_size * trainer.config.actor_rollout_ref.rollout.n
-    batch, metrics = queue.start(make_samples()[: asked - dropped]), {}
+    trainer.replay_buffer = Namespace(failure_keys={"train": set(lost)})
+    batch, metrics = queue.start(samples), {}
     assert trainer._balance_batch(batch, metrics) is batch
+    return metrics
+
+
+@pytest.mark.parametrize("dropped", [0, 3])
+def test_responses_that_verl_left_out_are_counted(trainer_and_queue, monkeypatch, capsys, dropped):
+    """verl fills the batch with placeholders afterwards; a reward that raised would not be seen. The last prompt is lost."""
+    trainer, queue = trainer_and_queue
+    asked = trainer.config.data.train_batch_size * trainer.config.actor_rollout_ref.rollout.n
+    metrics = balance(trainer, queue, monkeypatch, make_samples()[: asked - dropped], lost=["p3", "p2"][: dropped - 1])
     assert metrics == {"vimpo/missing_responses": dropped}
     assert (f"step 1: {dropped} of {asked} responses are missing" in capsys.readouterr().err) == (dropped > 0)
+
+
+def submit(trainer, monkeypatch, **columns):
+    """The data set's rows for four prompts, on their way to the rollout."""
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+    from verl.utils import tensordict_utils as tu
+
+    monkeypatch.setattr(PPOTrainer, "_submit_batch_to_rollout", lambda self, batch: len(batch))
+    columns = {"uid": np.array([f"p{i}" for i in range(4)], dtype=object), **columns}
+    assert trainer._submit_batch_to_rollout(tu.get_tensordict(columns)) == 4
+
+
+@pytest.mark.parametrize("dtype", [object, np.int64])
+def test_responses_are_counted_where_a_prompt_has_a_number_of_its_own(trainer_and_queue, monkeypatch, dtype):
+    """verl's per-prompt rollout count: 4 of the first, 1 of the second and 2 of the others; then none is given."""
+    trainer, queue = trainer_and_queue
+    samples = make_samples(tool_tokens=False)  # 2 of each prompt
+    own = [*samples[:2], *samples[:3], *samples[4:]]
+    counts = np.array([4, 1, 2, 2], dtype=dtype)
+    for kept, lost, missing in ((own, (), 0), (own[1:], (), 1), (own[:7], ("p3",), 2), (own[4:], ("p0",), 4)):
+        submit(trainer, monkeypatch, __rollout_n__=counts)
+        assert balance(trainer, queue, monkeypatch, kept, lost) == {"vimpo/missing_responses": missing}
+    assert trainer.rollout_n == {}, "nothing is kept of prompts that are done"
+    submit(trainer, monkeypatch)
+    assert balance(trainer, queue, monkeypatch, samples[1:]) == {"vimpo/missing_responses": 1}
+
+
+@pytest.mark.parametrize("scale, nats", [(1, None), (10, "15,000")])
+def test_rewards_of_another_scale_are_named_once_with_what_they_ask_for(models, monkeypatch, capsys, scale, nats):
+    """From 0 to 20, a group's mean at 5: up to 15 from it; at beta 1e-3 that is 15,000 nats."""
+    config = make_config(models / "policy", "++algorithm.vimpo.beta=1e-3")
+    trainer, queue = make_trainer(config, monkeypatch)
+    samples = make_samples(tool_tokens=False, group_size=4, prompts=2)
+    outcomes = [0.0, 0.0, 0.0, 2.0, 1.0, 1.0, 1.0, 1.0]
+    samples = [replace(s, outcome=scale * outcome) for s, outcome in zip(samples, outcomes, strict=True)]
+    for _ in range(2):
+        run_trainer_step(trainer, queue, samples)
+    said = [line for line in capsys.readouterr().err.splitlines() if "nats" in line]
+    if nats is None:
+        assert said == []
+    else:
+        (line,) = said
+        assert (
+            f"step 1: rewards are up to 15 from their group's mean. At algorithm.vimpo.beta=0.001 that asks for {nats}"
+            in line
+        )
+        assert "write +algorithm.vimpo.beta=0.0075" in line

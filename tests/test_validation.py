@@ -103,6 +103,35 @@ def test_a_micro_batch_size_of_the_reference_is_kept():
     assert config.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu == 2
 
 
+def test_the_precision_of_the_reference_follows_the_policys():
+    keys = {
+        "model_dtype=bf16",
+        "dtype=float16",
+        "mixed_precision.param_dtype=fp16",
+        "mixed_precision.reduce_dtype=fp16",
+    }
+    config = vimpo(*[f"{'+' * ('mixed' in key)}actor_rollout_ref.actor.fsdp_config.{key}" for key in keys])
+    for _ in range(2):  # validating again finds nothing to refuse
+        validate(config)
+        ref = config.actor_rollout_ref.ref.fsdp_config
+        assert ref.model_dtype == "bf16" and ref.dtype == "float16"
+        assert dict(ref.mixed_precision) == {"param_dtype": "fp16", "reduce_dtype": "fp16"}
+    from verl.utils.config import omega_conf_to_dataclass
+
+    assert omega_conf_to_dataclass(ref).mixed_precision["param_dtype"] == "fp16"
+
+
+def test_a_precision_that_is_given_twice_alike_is_not_refused():
+    for key in ("model_dtype=bf16", "dtype=float16"):
+        validate(vimpo(*[f"actor_rollout_ref.{role}.fsdp_config.{key}" for role in ("actor", "ref")]))
+    key = "fsdp_config.mixed_precision.param_dtype=fp16"
+    validate(vimpo(*[f"+actor_rollout_ref.{role}.{key}" for role in ("actor", "ref")]))
+
+
+def test_with_lora_the_precision_of_a_reference_worker_is_of_no_account():
+    validate(vimpo("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.ref.fsdp_config.model_dtype=bf16"))
+
+
 def test_the_knobs_reach_the_workers():
     """actor.policy_loss is built through its _target_, in every worker."""
     from verl.utils.config import omega_conf_to_dataclass
@@ -128,7 +157,7 @@ def test_validating_twice_changes_nothing_more():
 def test_the_line_in_the_driver_names_the_knobs(capsys):
     validate(vimpo("+algorithm.vimpo.beta=5e-3", "algorithm.lam=0.95"))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("vimpo_verl")]
-    assert "VIMPO in force" in line and "beta=0.005" in line and "lam=0.95" in line
+    assert "VIMPO accepted" in line and "in force" not in line and "beta=0.005" in line and "lam=0.95" in line
 
 
 # override -> what the refusal must say besides the key: what to write instead
@@ -146,7 +175,12 @@ REFUSED = {
     "actor_rollout_ref.actor.policy_loss.loss_mode=gspo": "remove actor_rollout_ref.actor.policy_loss.loss_mode",
     "actor_rollout_ref.ref.strategy=fsdp2": "remove actor_rollout_ref.ref.strategy",
     "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size=2": "remove it",
+    "actor_rollout_ref.ref.fsdp_config.model_dtype=bf16": "remove it, and the reference follows the policy",
+    "actor_rollout_ref.ref.fsdp_config.dtype=float16": "remove it, and the reference follows the policy",
+    "+actor_rollout_ref.ref.fsdp_config.mixed_precision={param_dtype:fp16}": "remove it, and the reference follows",
+    "actor_rollout_ref.actor.fsdp_config.qat.enable=True": "actor_rollout_ref.actor.fsdp_config.qat.enable=False",
     "actor_rollout_ref.actor.fsdp_config.pad_to_length=True": "pad_to_length=False",
+    "actor_rollout_ref.model.lora_adapter_path=adapters/one": "write actor_rollout_ref.model.lora_rank",
     "distillation.enabled=True": "distillation.enabled=False",
     "+algorithm.vimpo.kl_estimator=k1": "exact, k2 or k3",
     "+algorithm.vimpo.betta=1": "did you mean algorithm.vimpo.beta?",
@@ -168,7 +202,7 @@ def test_a_refusal_names_the_key_and_what_to_write(override):
 
 
 def test_every_problem_is_listed_at_once():
-    apart = ("megatron", "critic", "null")  # the same key twice, or one that hides others
+    apart = ("megatron", "critic", "null", "lora")  # the same key twice, or one that hides others
     together = [o for o in REFUSED if not any(a in o for a in apart) and "ref." not in o.split("=")[0][18:]]
     problems = refusals(vimpo(*together))
     assert len(problems) == len(together)
@@ -186,7 +220,9 @@ KEYS = [
     "distillation.enabled",
     "actor_rollout_ref.actor.strategy", "actor_rollout_ref.actor.policy_loss.loss_mode",
     "actor_rollout_ref.actor.use_prefix_grouper", "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
-    "actor_rollout_ref.ref.strategy", "actor_rollout_ref.model.lora_rank", "actor_rollout_ref.model.use_fused_kernels",
+    "actor_rollout_ref.ref.strategy", "actor_rollout_ref.ref.fsdp_config.model_dtype",
+    "actor_rollout_ref.actor.fsdp_config.mixed_precision", "actor_rollout_ref.actor.fsdp_config.qat",
+    "actor_rollout_ref.actor.loss_agg_mode", "actor_rollout_ref.model.lora_rank", "actor_rollout_ref.model.use_fused_kernels",
 ]  # fmt: skip
 VALUES = [
     None,
@@ -264,6 +300,7 @@ WARNED = {
     "actor_rollout_ref.rollout.n=1": "V0 = R",
     "actor_rollout_ref.actor.use_kl_loss=True": "kl_loss_coef",
     "actor_rollout_ref.actor.entropy_coeff=0.01": "weighs as",
+    "algorithm.lam=0.95": "about 20 tokens",
 }
 
 
@@ -273,6 +310,14 @@ def test_warnings(override, caplog):
         validate(vimpo(override))
     (record,) = [r for r in caplog.records if r.name == "vimpo_verl"]
     assert override in record.getMessage() and WARNED[override] in record.getMessage()
+
+
+def test_an_adapter_to_start_from_is_warned_of(caplog):
+    overrides = ["actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_adapter_path=adapters/one"]
+    with caplog.at_level(logging.WARNING, logger="vimpo_verl"):
+        validate(vimpo(*overrides))
+    (record,) = [r for r in caplog.records if r.name == "vimpo_verl"]
+    assert overrides[1] in record.getMessage() and "vimpo/kl is not 0 at the first step" in record.getMessage()
 
 
 def test_a_plain_recipe_gives_no_warning(caplog):

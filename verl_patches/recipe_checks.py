@@ -7,9 +7,15 @@ calls them in the driver, before Ray starts.
 from collections.abc import Iterator
 from typing import Any
 
+from verl_patches.loss_aggregation import full_length_weight
+from vimpo_verl.config import VimpoConfig
+
 # Trainer modes of verl.trainer.ppo.v1 for which VIMPO has a trainer.
 TRAINER_MODES = ("sync", "colocate_async")
 STRATEGIES = ("fsdp", "fsdp2")
+# Keys of verl's fsdp_config that decide how a forward rounds, with verl's defaults. model_dtype because a model that is
+# stored in half precision has its buffers in it, too (rotary frequencies).
+PRECISION = {"dtype": "bfloat16", "model_dtype": "fp32", "mixed_precision": None}
 
 
 def problems(config: Any) -> list[str]:
@@ -29,15 +35,17 @@ def problems(config: Any) -> list[str]:
     return found
 
 
-def warnings(config: Any, beta: float) -> list[str]:
-    """What runs, but perhaps not as meant. Arguments as for `problems`; beta is the knob's value."""
+def warnings(config: Any, knobs: VimpoConfig) -> list[str]:
+    """What runs, but perhaps not as meant. `config` as for `problems`; knobs: those of algorithm.vimpo."""
     found = []
     if config.actor_rollout_ref.rollout.n == 1:
         found.append(
             "actor_rollout_ref.rollout.n=1: every group has one response, so V0 = R and the value loss only pulls the "
             "policy to the reference; the paper uses 8"
         )
-    found += _extra_terms(config, beta)
+    found += _taken_over(config)
+    found += _fixed_coefficient(config, knobs)
+    found += _extra_terms(config, knobs.beta)
     return found
 
 
@@ -80,7 +88,13 @@ _INTEGERS = (
     "actor_rollout_ref.ref.ulysses_sequence_parallel_size",
     "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size",
 )
-_SECTIONS = ("algorithm.rollout_correction", "actor_rollout_ref.model.lora", "distillation", "critic")
+_SECTIONS = (
+    "algorithm.rollout_correction",
+    "actor_rollout_ref.model.lora",
+    "actor_rollout_ref.actor.fsdp_config.qat",
+    "distillation",
+    "critic",
+)
 
 
 def _types(config: Any) -> Iterator[str]:
@@ -155,12 +169,32 @@ def _engine(config: Any) -> Iterator[str]:
             f"actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size={ref_size} differs from the actor's "
             f"{actor_size}: both share one pass over the same slices; remove it"
         )
+    if not has_lora(config.actor_rollout_ref.model):  # with LoRA the reference is the policy's own model
+        yield from _precision(actor, ref)
     for name, role in (("actor", actor), ("ref", ref)):
         if role.get("pad_to_length", False) or role.fsdp_config.get("pad_to_length", False):
             yield (
                 f"actor_rollout_ref.{name}.fsdp_config.pad_to_length=True: verl does not allow it together with the "
                 "logits hook that kappa comes from; write pad_to_length=False"
             )
+
+
+def _precision(actor: Any, ref: Any) -> Iterator[str]:
+    """Equal weights must give equal logits: a difference of rounding is read as log-ratios and KL."""
+    for name, default in PRECISION.items():
+        given, policys = ref.fsdp_config.get(name), actor.fsdp_config.get(name)
+        if given != default and given != policys:
+            yield (
+                f"actor_rollout_ref.ref.fsdp_config.{name}={given} differs from the actor's {policys}: equal weights "
+                "would give different logits, and the first step would learn from rounding; remove it, and the "
+                "reference follows the policy"
+            )
+    if (actor.fsdp_config.get("qat") or {}).get("enable", False):
+        yield (
+            "actor_rollout_ref.actor.fsdp_config.qat.enable=True: the policy would be quantised and verl quantises no "
+            "reference, so the two would differ from the first step on; write "
+            "actor_rollout_ref.actor.fsdp_config.qat.enable=False"
+        )
 
 
 def sequence_parallel_size(role: Any) -> int:
@@ -173,6 +207,12 @@ def sequence_parallel_size(role: Any) -> int:
 
 def _model(config: Any) -> Iterator[str]:
     model = config.actor_rollout_ref.model
+    if has_lora(model) and not (model.get("lora_rank") or 0) > 0:
+        yield (
+            "actor_rollout_ref.model.lora_rank=0 with actor_rollout_ref.model.lora_adapter_path or lora.rank: verl's FSDP "
+            "engine makes and loads adapters by lora_rank alone, and verl keeps no other reference; write "
+            "actor_rollout_ref.model.lora_rank"
+        )
     if has_lora(model) and model.get("use_fused_kernels", False):
         yield (
             "actor_rollout_ref.model.use_fused_kernels=True with LoRA: the reference is the policy with its adapters off "
@@ -194,6 +234,13 @@ def _losses(config: Any) -> Iterator[str]:
             f"actor_rollout_ref.actor.policy_loss.loss_mode={mode}: VIMPO brings its own policy loss; remove "
             "actor_rollout_ref.actor.policy_loss.loss_mode"
         )
+    if actor.get("loss_agg_mode") == "seq-mean-token-sum-norm" and actor.get("loss_scale_factor") is None:
+        yield (
+            "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm without a loss_scale_factor: verl divides "
+            "each micro-batch by its own longest response, so the actor loss's weight beside the value loss depends on "
+            "the micro-batches; write "
+            f"actor_rollout_ref.actor.loss_scale_factor={config.data.max_response_length}"
+        )
     if (config.get("distillation") or {}).get("enabled", False):
         yield "distillation.enabled=True: VIMPO and distillation use the same logits hook; write distillation.enabled=False"
     if actor.get("use_prefix_grouper", False):
@@ -203,23 +250,59 @@ def _losses(config: Any) -> Iterator[str]:
         )
 
 
+def _taken_over(config: Any) -> Iterator[str]:
+    """Settings that had no effect, or another, in the GRPO recipe that they come from."""
+    lam = config.algorithm.lam
+    if lam != 1:
+        yield (
+            f"algorithm.lam={lam}: GRPO does not look at it, VIMPO does: a token's advantage counts what comes after it with "
+            f"lambda to the distance, which reaches about {1 / (1 - lam):.3g} tokens. The paper's is algorithm.lam=1.0"
+        )
+    adapter = config.actor_rollout_ref.model.get("lora_adapter_path")
+    if adapter is not None:
+        yield (
+            f"actor_rollout_ref.model.lora_adapter_path={adapter}: the reference is the base model without this adapter, so "
+            "vimpo/kl is not 0 at the first step, and what the adapter has learnt is read as values. To start from it, "
+            "merge it into the model of actor_rollout_ref.model.path and write "
+            "actor_rollout_ref.model.lora_adapter_path=null"
+        )
+
+
+def _fixed_coefficient(config: Any, knobs: VimpoConfig) -> Iterator[str]:
+    """A number for c_A multiplies whatever loss_agg_mode makes of L_A; the paper's is meant for a mean over tokens."""
+    if not knobs.use_actor or knobs.actor_coeff in ("auto", 0):
+        return
+    weight = full_length_weight(config)
+    if abs(weight - 1) > 1e-6:
+        mode = config.actor_rollout_ref.actor.loss_agg_mode
+        yield (
+            f"actor_rollout_ref.actor.loss_agg_mode={mode} makes L_A {weight:.3g} times its mean over tokens where "
+            f"responses have {config.data.max_response_length} of them, and algorithm.vimpo.actor_coeff="
+            f"{knobs.actor_coeff} does not allow for it. The paper's 5e-3 is for token-mean: write "
+            "actor_rollout_ref.actor.loss_agg_mode=token-mean, or algorithm.vimpo.actor_coeff=auto, which is the same "
+            "push in every mode"
+        )
+
+
 def _extra_terms(config: Any, beta: float) -> Iterator[str]:
     """Terms that verl adds to the loss weigh more beside L_V than beside GRPO's loss (docs/method.md, "Scale")."""
     actor = config.actor_rollout_ref.actor
     length = config.data.max_response_length
+    grpo = full_length_weight(config)
+    share = beta * length * 0.5 / grpo
     scale = (
-        f"VIMPO's loss pushes a token with about beta*T*|residual| where GRPO's pushes with 1: at T = {length} tokens "
-        f"and |residual| = 0.5 that is {beta * length * 0.5:.2g}, so"
+        f"VIMPO's loss pushes a token with about beta*T*|residual| where GRPO's pushes with {grpo:.3g}: at T = {length} "
+        f"tokens and |residual| = 0.5 that is {share:.2g} of it, so"
     )
     if actor.use_kl_loss:
         yield (
             f"actor_rollout_ref.actor.use_kl_loss=True is kept. {scale} kl_loss_coef={actor.kl_loss_coef} weighs as "
-            f"{actor.kl_loss_coef / (beta * length * 0.5):.2g} would with GRPO. The paper turns it off: "
+            f"{actor.kl_loss_coef / share:.2g} would with GRPO. The paper turns it off: "
             "actor_rollout_ref.actor.use_kl_loss=False"
         )
     if actor.entropy_coeff != 0:
         yield (
             f"actor_rollout_ref.actor.entropy_coeff={actor.entropy_coeff} is kept. {scale} it weighs as "
-            f"{actor.entropy_coeff / (beta * length * 0.5):.2g} would with GRPO. The paper has none: "
+            f"{actor.entropy_coeff / share:.2g} would with GRPO. The paper has none: "
             "actor_rollout_ref.actor.entropy_coeff=0"
         )

@@ -4,18 +4,18 @@ Touches verl.trainer.ppo.utils.need_reference_policy, which looks at use_kl_loss
 verl imports that module, before others import the function by name. Checked against verl 0.9.1; no upstream issue.
 """
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
-import wrapt
-
+from verl_patches.functions import wrap
 from verl_patches.switch import is_vimpo
 
 
 def install(utils: ModuleType) -> None:
     """Wrap need_reference_policy in the module verl.trainer.ppo.utils."""
-    wrapt.wrap_function_wrapper(utils, "need_reference_policy", _need_reference_policy)
+    wrap(utils, "need_reference_policy", _need_reference_policy)
 
 
-def _need_reference_policy(wrapped, instance, args, kwargs):
-    config = args[0] if args else kwargs["config"]
-    return True if is_vimpo(config) else wrapped(*args, **kwargs)
+def _need_reference_policy(verls: Callable, config: Any) -> bool:
+    return True if is_vimpo(config) else verls(config)

@@ -7,8 +7,8 @@ rewards (reward loop or colocated reward model), and validation never comes by. 
 the TransferQueue, so verl's own critic/score, critic/rewards and rollout dumps show what was trained on; the clean mean is
 logged beside it. A reward function could not do it: it is called in validation too and does not know the step.
 
-Why a subclass made on demand: where noise is not asked for, other estimators get verl's very own trainer classes and VIMPO
-gets its own, unchanged. Where it is, the same class with RewardNoise in front.
+Why a subclass made on demand (verl_patches.trainer makes it): where noise is not asked for, a run gets the class that it would
+get without this package, or VIMPO's, unchanged. Where it is, the same class with RewardNoise in front.
 """
 
 import inspect
@@ -21,6 +21,7 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
 from verl_patches.switch import noise_of
+from vimpo_verl import __version__
 from vimpo_verl.reward_noise import SECTION, flip_groups
 
 
@@ -37,7 +38,7 @@ def with_reward_noise(trainer: type, config: Any) -> type:
     """The class to make a run's trainer of.
 
     Args:
-        trainer: a PPOTrainer of verl's v1, or VIMPO's.
+        trainer: a PPOTrainer of verl's v1, a user's or VIMPO's.
         config: verl's configuration.
 
     Returns:
@@ -56,6 +57,11 @@ def with_reward_noise(trainer: type, config: Any) -> type:
 
 class RewardNoise:
     """Put in front of a v1 trainer: flips rewards just before the advantages are computed."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        noise, _ = noise_of(self.config)
+        print(f"vimpo_verl {__version__}: reward noise in force, in training only: {noise}", flush=True)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         add_noise(batch, metrics, self.config)

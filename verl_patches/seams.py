@@ -61,9 +61,16 @@ SEAMS = (
         name="trainer, worker, joint pass and value loss",
         module="verl.trainer.ppo.v1",
         install="verl_patches.trainer:install",
-        touches="TRAINER_REGISTRY, PPOTrainer.role_worker_mapping, ActorRolloutRefWorker, TrainingWorker",
-        how="registration",
+        touches="PPOTrainer.__new__, role_worker_mapping, ActorRolloutRefWorker, TrainingWorker",
+        how="subclass",
         upstream="volcengine/verl#7712 (reference log-probs for a registered policy loss)",
+    ),
+    Seam(
+        name="refusal of other trainers",
+        module="verl.trainer.ppo.ray_trainer",
+        install="verl_patches.other_trainers:install",
+        touches="RayPPOTrainer._create_dataloader",
+        how="wrapper",
     ),
     Seam(
         name="complete checkpoints",

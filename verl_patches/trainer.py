@@ -1,12 +1,14 @@
-"""Seam: VIMPO's trainers, in verl's registry under the names of the trainers they extend.
+"""Seam: VIMPO's part of a trainer, put in front of whatever class of verl's v1 trainers a run makes its trainer of.
 
-Touches verl.trainer.ppo.v1.trainer_base.TRAINER_REGISTRY and, by subclassing, PPOTrainer's methods
+Touches verl.trainer.ppo.v1.trainer_base.PPOTrainer.__new__ and, by subclassing, PPOTrainer's methods
 _init_resource_pool_mgr, _balance_batch, _compute_ref_log_prob, _compute_advantage and _update_actor, and those that
-verl_patches.checkpoints and verl_patches.watchdog name. With another estimator the registered name still makes verl's own
-trainer. Checked against verl 0.9.1; no upstream issue.
+verl_patches.checkpoints and verl_patches.watchdog name. Checked against verl 0.9.1; no upstream issue.
+
+verl's registry and its trainers stay as they are. A trainer that is made with a configuration that asks for VIMPO becomes one
+of a subclass, made on demand; with any other it is one of the very class that was called. So a trainer that a user derives
+from verl's keeps all that is its own, and VIMPO's methods find its methods, and then verl's, behind super().
 """
 
-import math
 import sys
 from types import ModuleType
 from typing import Any
@@ -14,55 +16,99 @@ from typing import Any
 import ray
 import torch
 import transfer_queue as tq
+import verl
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import Role
-from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
-from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
-from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 from verl_patches.checkpoints import CheckpointedTrainer
+from verl_patches.loss_aggregation import aggregation_weight, mini_batch_size
 from verl_patches.reward_noise import with_reward_noise
 from verl_patches.switch import is_vimpo, knobs_of
 from verl_patches.value_branch import ACTOR_COEFF, IS_REAL
 from verl_patches.watchdog import WatchedTrainer
 from verl_patches.worker import VimpoActorRolloutRefWorker
+from vimpo_verl import __version__
 from vimpo_verl.registrations import JointPassOutput, joint_pass_output
+
+PAPERS_NATS = 1 / 5e-4  # what R - V0 = 1 asks for at the paper's beta
+MOST_NATS = 2 * PAPERS_NATS  # rewards of -1 and 1 are not worth a word
+ROLLOUT_N = "__rollout_n__"  # verl's column of a data set in which a prompt has a number of responses of its own
 
 
 def install(v1: ModuleType) -> None:
-    """Replace verl's trainers in its registry. `v1` is the module verl.trainer.ppo.v1."""
-    for mode, trainer in (("sync", VimpoTrainerSync), ("colocate_async", VimpoTrainerColocateAsync)):
-        if TRAINER_REGISTRY.get(mode) is not trainer.stock:
-            raise RuntimeError(f"verl's trainer {mode!r} is {TRAINER_REGISTRY.get(mode)}, not {trainer.stock}")
-        TRAINER_REGISTRY[mode] = trainer
+    """Have PPOTrainer choose the class of a new trainer by its configuration. `v1` is the module verl.trainer.ppo.v1."""
+    if PPOTrainer.__new__ is not object.__new__:
+        raise RuntimeError(f"PPOTrainer has a __new__ of its own, {PPOTrainer.__new__}")
+    PPOTrainer.__new__ = staticmethod(_new_trainer)
+
+
+def _new_trainer(cls: type, *args, **kwargs):
+    """PPOTrainer.__new__: Python then calls the __init__ of the class that is chosen here, with the same arguments."""
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, DictConfig) and "algorithm" in value]
+    chosen = trainer_class(cls, given[0]) if given else cls  # without a configuration when it is copied
+    return super(PPOTrainer, cls).__new__(chosen)
+
+
+def trainer_class(trainer: type, config: Any) -> type:
+    """The class to make a run's trainer of.
+
+    Args:
+        trainer: a class derived from PPOTrainer, verl's own or a user's.
+        config: verl's configuration.
+
+    Returns:
+        `trainer` itself, unless VIMPO or reward noise is asked for; else a subclass of it with VIMPO's part, the noise, or
+        both in front.
+
+    Raises:
+        TypeError: VIMPO is asked for and takes the place of a method that `trainer` has changed.
+        ValueError: the section algorithm.reward_noise has problems.
+    """
+    if is_vimpo(config) and not issubclass(trainer, VimpoTrainer):
+        if trainer._compute_ref_log_prob is not PPOTrainer._compute_ref_log_prob:
+            raise TypeError(
+                f"algorithm.adv_estimator=vimpo: {trainer.__name__}._compute_ref_log_prob would never run, because VIMPO's "
+                "joint pass takes its place. Remove it from that class, or move what it does to another step"
+            )
+        trainer = type(f"Vimpo{trainer.__name__}", (WatchedTrainer, CheckpointedTrainer, VimpoTrainer, trainer), {})
+    return with_reward_noise(trainer, config)
 
 
 class VimpoTrainer:
-    """What VIMPO changes in a v1 trainer: the worker, the joint pass, the estimator's inputs, c_A of the update.
+    """What VIMPO changes in a v1 trainer: the worker, the joint pass, the estimator's inputs, c_A of the update."""
 
-    A class derived from this one and a trainer of verl, `stock`, makes the stock trainer unless VIMPO is asked for.
-    """
+    def __init__(self, *args, **kwargs):
+        """As the trainer's behind it; says that VIMPO is in force.
 
-    stock: type
-
-    def __new__(cls, config: Any):
-        if not is_vimpo(config):
-            # Not an instance of cls, so Python calls no further __init__.
-            return with_reward_noise(cls.stock, config)(config=config)
-        return super().__new__(with_reward_noise(cls, config))
-
-    def __init__(self, config: Any):
-        super().__init__(config)
+        Raises:
+            RuntimeError: the run has not been through verl's validate_config, which carries the knobs to the workers.
+        """
+        super().__init__(*args, **kwargs)
+        config = self.config
+        if "vimpo" not in config.actor_rollout_ref.actor.policy_loss:
+            raise RuntimeError(
+                f"algorithm.adv_estimator=vimpo: {type(self).__name__} was made with a configuration that has not been "
+                "validated. Call verl.utils.config.validate_config with it first, as verl.trainer.main_ppo does"
+            )
         self.knobs, problems = knobs_of(config)
         if problems:
             raise ValueError("\n".join(problems))
+        self.rollout_n: dict[str, int] = {}  # uid of a prompt under way -> responses, where it is not rollout.n
+        self.scale_said = False
+        print(
+            f"vimpo_verl {__version__}: VIMPO in force on verl {verl.__version__}, in {type(self).__name__}: {self.knobs}, "
+            f"lam={config.algorithm.lam}",
+            flush=True,
+        )
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args, **kwargs) -> KVBatchMeta:
         """As verl's; says how many responses verl has dropped, because their generation or reward raised."""
-        config = self.config
-        asked = config.data.train_batch_size * config.actor_rollout_ref.rollout.n // self.parameter_sync_step
+        asked = self._responses_asked(batch)
         missing = metrics["vimpo/missing_responses"] = asked - len(batch.keys)
         if missing:
             _say(
@@ -71,6 +117,18 @@ class VimpoTrainer:
             )
         return super()._balance_batch(batch, metrics, *args, **kwargs)
 
+    def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
+        """As verl's; remembers how many responses a prompt is to have where the data set says so."""
+        if ROLLOUT_N in batch.keys():
+            self.rollout_n.update(zip(batch["uid"], map(int, batch[ROLLOUT_N]), strict=True))
+        return super()._submit_batch_to_rollout(batch)
+
+    def _responses_asked(self, batch: KVBatchMeta) -> int:
+        """Of the prompts of this batch, those included of which nothing is left."""
+        prompts = {key.split("_")[0] for key in batch.keys} | self.replay_buffer.failure_keys["train"]
+        default = self.config.actor_rollout_ref.rollout.n
+        return sum(self.rollout_n.pop(prompt, default) for prompt in prompts)
+
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
         hybrid = {Role.ActorRolloutRef, Role.ActorRollout} & self.role_worker_mapping.keys()  # the latter with LoRA
@@ -78,7 +136,14 @@ class VimpoTrainer:
             raise RuntimeError(
                 f"VIMPO needs one worker with policy and reference; verl chose {list(self.role_worker_mapping)}"
             )
-        self.role_worker_mapping[hybrid.pop()] = ray.remote(VimpoActorRolloutRefWorker)
+        role = hybrid.pop()
+        worker = self.role_worker_mapping[role].__ray_actor_class__
+        if worker is not ActorRolloutRefWorker:
+            raise RuntimeError(
+                f"VIMPO puts its own worker in the place of verl's ActorRolloutRefWorker, and {type(self).__name__} has put "
+                f"{worker.__name__} there"
+            )
+        self.role_worker_mapping[role] = ray.remote(VimpoActorRolloutRefWorker)
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Bookkeeping only: the joint pass under _compute_old_log_prob has already found everything."""
@@ -119,6 +184,7 @@ class VimpoTrainer:
             is_padding=torch.tensor(_is_padding(batch)),
             config=self.knobs,
             lam=self.config.algorithm.lam,
+            actor_loss_weight=aggregation_weight(self.config, padded["response_mask"]),
         )
         with joint_pass_output(output):
             batch = super()._compute_advantage(batch, metrics)
@@ -127,18 +193,40 @@ class VimpoTrainer:
         nested = {name: response_to_nested(tensor, mask) for name, tensor in finite.items()}
         self._require_sound(batch, mask, "td or the residual overflows there", **nested)
         metrics.update(result.metrics)
+        self._look_at_the_scale(result.returns)
         batch.extra_info[ACTOR_COEFF] = result.actor_coeff
         return batch
+
+    def _look_at_the_scale(self, returns: torch.Tensor) -> None:
+        """Say once that a reward is too far from its group's mean for beta: sum_t log-ratio - KL is to be (R - V0) / beta.
+
+        Args:
+            returns: [B, T], R - V0 on every valid token.
+        """
+        farthest = returns.abs().amax().item() if returns.numel() else 0.0
+        asked = farthest / self.knobs.beta
+        if asked <= MOST_NATS or self.scale_said:
+            return
+        self.scale_said = True
+        _say(
+            f"step {self.global_steps}: rewards are up to {farthest:.3g} from their group's mean. At algorithm.vimpo.beta="
+            f"{self.knobs.beta:g} that asks for {asked:,.0f} nats between policy and reference in one response; 0/1 rewards "
+            f"at the paper's beta ask for {PAPERS_NATS:,.0f} at most. Scale the rewards, or write "
+            f"+algorithm.vimpo.beta={farthest / PAPERS_NATS:.2g}"
+        )
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._update_actor(batch, metrics)
         for name in [name for name in metrics if name.startswith("actor/vimpo/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)  # verl puts "actor/" before a worker's metrics
-        skipped = metrics["vimpo/update_skipped"] = float(not math.isfinite(metrics["actor/grad_norm"]))
+        updates = self.config.actor_rollout_ref.actor.ppo_epochs * len(batch.keys) // mini_batch_size(self.config)
+        # verl logs the mean over the updates.
+        skipped = metrics["vimpo/update_skipped"] = round(metrics["vimpo/update_skipped"] * updates)
         if skipped:
             _say(
-                f"step {self.global_steps}: the gradient is not finite (actor/grad_norm={metrics['actor/grad_norm']}): verl "
-                "has skipped the optimiser step, the weights are as before"
+                f"step {self.global_steps}: the gradient is not finite in {skipped} of {updates} mini-batches: verl has "
+                f"skipped {'the optimiser step' if skipped == 1 else 'their optimiser steps'}"
+                + (", the weights are as before" if skipped == updates else ", the others have changed the weights")
             )
         return batch
 
@@ -165,18 +253,6 @@ class VimpoTrainer:
                     f"{position - int(tensor.offsets()[sample])} of sample {batch.keys[sample]} on data-parallel rank "
                     f"{sample * ranks // len(batch.keys)} ({len(bad)} such tokens in the batch): {reason}"
                 )
-
-
-class VimpoTrainerSync(WatchedTrainer, CheckpointedTrainer, VimpoTrainer, PPOTrainerSync):
-    """verl's trainer "sync" with VIMPO."""
-
-    stock = PPOTrainerSync
-
-
-class VimpoTrainerColocateAsync(WatchedTrainer, CheckpointedTrainer, VimpoTrainer, PPOTrainerColocateAsync):
-    """verl's trainer "colocate_async" with VIMPO."""
-
-    stock = PPOTrainerColocateAsync
 
 
 def _say(sentence: str) -> None:

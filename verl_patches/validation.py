@@ -2,16 +2,19 @@
 
 Touches verl.utils.config.validate_config, the one function that sees the user's configuration in the driver. Wrapped
 when verl imports that module. Checked against verl 0.9.1; no upstream issue.
+
+Which trainer will run is not known here, so what is said here is that the configuration is accepted; that VIMPO is in force
+is said by its trainer.
 """
 
+import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-import wrapt
-
 from verl_patches import recipe_checks, seams
+from verl_patches.functions import wrap
 from verl_patches.switch import is_vimpo, knobs_of, noise_of
 from vimpo_verl import __version__
 from vimpo_verl.config import VimpoConfig
@@ -22,18 +25,17 @@ logger = logging.getLogger("vimpo_verl")
 
 def install(config_module: ModuleType) -> None:
     """Wrap validate_config in the module verl.utils.config."""
-    wrapt.wrap_function_wrapper(config_module, "validate_config", _validate_config)
+    wrap(config_module, "validate_config", _validate_config)
 
 
-def _validate_config(wrapped, instance, args, kwargs):
-    config = args[0] if args else kwargs["config"]
+def _validate_config(verls: Callable, config: Any, *args, **kwargs) -> None:
     if not is_vimpo(config):
         print(f"vimpo_verl {__version__}: loaded, inert (algorithm.adv_estimator={config.algorithm.adv_estimator})")
         _refuse(f"{NOISE_SECTION} cannot run with this configuration", _noise_problems(config))
         _announce_noise(config)
-        return wrapped(*args, **kwargs)
-    prepare(config)
-    return wrapped(*args, **kwargs)
+    else:
+        prepare(config)
+    return verls(config, *args, **kwargs)
 
 
 def prepare(config: Any) -> VimpoConfig:
@@ -51,10 +53,10 @@ def prepare(config: Any) -> VimpoConfig:
     knobs, knob_problems = knobs_of(config)
     found = knob_problems + recipe_checks.problems(config) + _seams_not_in_force(seams.SEAMS) + _noise_problems(config)
     _refuse("algorithm.adv_estimator=vimpo cannot run with this configuration", list(dict.fromkeys(found)))
-    for warning in recipe_checks.warnings(config, knobs.beta) + _version_warning():
+    for warning in recipe_checks.warnings(config, knobs) + _version_warning():
         logger.warning("vimpo_verl: %s", warning)
     _carry_to_workers(config, knobs)
-    print(f"vimpo_verl {__version__}: VIMPO in force on verl {_verl_version()}: {knobs}, lam={config.algorithm.lam}")
+    print(f"vimpo_verl {__version__}: VIMPO accepted with this configuration: {knobs}, lam={config.algorithm.lam}")
     _announce_noise(config)
     return knobs
 
@@ -76,7 +78,7 @@ def _noise_problems(config: Any) -> list[str]:
 def _announce_noise(config: Any) -> None:
     noise, _ = noise_of(config)
     if noise.flip_prob > 0:
-        print(f"vimpo_verl {__version__}: reward noise in force, in training only: {noise}")
+        print(f"vimpo_verl {__version__}: reward noise accepted with this configuration: {noise}")
 
 
 def _seams_not_in_force(needed: Iterable[seams.Seam]) -> list[str]:
@@ -120,9 +122,15 @@ def _carry_to_workers(config: Any, knobs: VimpoConfig) -> None:
 
 def _fit_reference_to_actor(actor_rollout_ref: Any) -> None:
     """Settings of the reference worker that a GRPO recipe without KL has no reason to give."""
+    from omegaconf import open_dict
+
     actor, ref, rollout = actor_rollout_ref.actor, actor_rollout_ref.ref, actor_rollout_ref.rollout
     # verl wants a micro-batch size of whatever reference worker there is. A GRPO recipe without KL gives none, and the
     # joint pass takes its micro-batches from the actor's log-prob settings.
     if ref.log_prob_micro_batch_size is None and ref.log_prob_micro_batch_size_per_gpu is None:
         ref.log_prob_micro_batch_size_per_gpu = rollout.log_prob_micro_batch_size_per_gpu
     ref.fsdp_config.ulysses_sequence_parallel_size = recipe_checks.sequence_parallel_size(actor)
+    for name in recipe_checks.PRECISION:
+        if ref.fsdp_config.get(name) != actor.fsdp_config.get(name):
+            with open_dict(ref.fsdp_config):
+                ref.fsdp_config[name] = copy.deepcopy(actor.fsdp_config[name])

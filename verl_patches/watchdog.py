@@ -24,7 +24,6 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from vimpo_verl.config import SECTION, VimpoConfig
 
@@ -240,8 +239,8 @@ class WatchedTrainer:
 
     watchdog = Watchdog({})
 
-    def __init__(self, config: Any):
-        super().__init__(config)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.watchdog = watchdog_of(self.knobs, self._come_about, self._waiting_for)
 
     def init(self) -> None:

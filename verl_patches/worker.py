@@ -5,6 +5,7 @@ subclass where verl's was. Checked against verl 0.9.1; no upstream issue.
 """
 
 import contextlib
+import math
 
 import torch
 from tensordict import TensorDict
@@ -36,7 +37,7 @@ class VimpoTrainingWorker(TrainingWorker):
         self.set_loss_fn(VimpoLoss(self.loss_fn, knobs, reference.engine))
 
     def train_batch(self, data: TensorDict) -> TensorDict:
-        """One update on a mini-batch; arguments and result are verl's.
+        """One update on a mini-batch; arguments and result are verl's, with `vimpo/update_skipped` in its metrics.
 
         Raises:
             RuntimeError: the batch did not come from VIMPO's trainer.
@@ -47,7 +48,12 @@ class VimpoTrainingWorker(TrainingWorker):
         torch.distributed.all_reduce(count, group=self.engine.get_data_parallel_group())
         tu.assign_non_tensor(data, **{NUM_SEQUENCES: int(count.item())})
         with self._reference_at_hand(data):
-            return super().train_batch(data)
+            output = super().train_batch(data)
+        if output is not None:  # only the first rank of a sequence-parallel group collects
+            metrics = tu.get(output, "metrics")
+            # Here, because verl logs the mean of grad_norm over the mini-batches.
+            metrics["vimpo/update_skipped"] = float(not math.isfinite(metrics["grad_norm"]))
+        return output
 
     @contextlib.contextmanager
     def _reference_at_hand(self, data: TensorDict):

@@ -37,6 +37,7 @@ def compute_batch(
     config: VimpoConfig,
     lam: float,
     is_padding: Tensor | None = None,
+    actor_loss_weight: float = 1.0,
 ) -> VimpoBatch:
     """The driver's half of VIMPO for one batch.
 
@@ -48,6 +49,8 @@ def compute_batch(
         config: the knobs.
         lam: GAE's lambda, in [0, 1].
         is_padding: [B] bool, placeholder sequences that verl added; they count nowhere. None: there are none.
+        actor_loss_weight: what the actor loss's aggregation makes of a loss of 1 on every valid token of a mini-batch: 1
+            for a mean over tokens. actor_coeff "auto" allows for it.
 
     Returns:
         VimpoBatch, in float32 (float64 for float64 inputs), on the inputs' device.
@@ -67,9 +70,8 @@ def compute_batch(
     td = F.td_residual(old_log_prob, ref_log_prob, token_kl, mask, config.beta)
     target = torch.where(real, outcome.to(td.dtype) - _baseline(outcome, group, real, config), 0.0).to(td.dtype)
     raw = F.implied_advantages(td, mask, lam)
-    judgement = td.sum(-1)  # S_i = -V(s_1): the policy's own verdict on its answer
-    summary = _Summary(judgement[real], target[real], outcome[real], mask[real].sum(-1).to(td.dtype), group, real)
-    coeff = _actor_coeff(config, summary)
+    summary = _Summary(td, target, outcome, mask, group, real)
+    coeff = _actor_coeff(config, summary, actor_loss_weight)
     return VimpoBatch(
         advantages=F.whiten(raw, mask) if config.whiten else raw,
         returns=torch.where(mask, target.unsqueeze(-1), 0.0).to(td.dtype),
@@ -86,19 +88,25 @@ def _baseline(outcome: Tensor, group: Sequence[Hashable], real: Tensor, config: 
 
 
 class _Summary:
-    """Statistics of the real sequences of a batch."""
+    """Statistics of the real sequences of a batch.
 
-    def __init__(
-        self, judgement: Tensor, target: Tensor, outcome: Tensor, lengths: Tensor, group: Sequence, real: Tensor
-    ):
-        self.residual, self.target, self.lengths = judgement - target, target, lengths
-        groups = [name for name, is_real in zip(group, real.tolist(), strict=True) if is_real]
-        self.correlation = outcome_correlation(judgement, outcome, groups)
-        self.auc = outcome_auc(judgement, outcome, groups)
+    On a sequence without a valid token the policy has passed no judgement: its S = 0 is none, and enters nothing here but
+    the mean length. Its reward is in its group's baseline, and it counts in the mean of L_V, where it has no gradient.
+    """
+
+    def __init__(self, td: Tensor, target: Tensor, outcome: Tensor, mask: Tensor, group: Sequence, real: Tensor):
+        judged = mask.any(-1)
+        judgement = td.sum(-1)[judged]  # S_i = -V(s_1): the policy's own verdict on its answer
+        groups = [name for name, is_judged in zip(group, judged.tolist(), strict=True) if is_judged]
+        self.target, self.residual = target[judged], judgement - target[judged]
+        self.lengths, self.sequences = mask[judged].sum(-1).to(td.dtype), int(real.sum())
+        self.correlation = outcome_correlation(judgement, outcome[judged], groups)
+        self.auc = outcome_auc(judgement, outcome[judged], groups)
 
     @property
     def mean_length(self) -> float:
-        return self.lengths.mean().item() if self.lengths.numel() else 0.0
+        """Over all real sequences, as the mean of L_V."""
+        return self.lengths.sum().item() / self.sequences if self.sequences else 0.0
 
     def rms_over_tokens(self, per_sequence: Tensor) -> float:
         """Root mean square over tokens of a quantity that every token of a sequence shares."""
@@ -112,15 +120,18 @@ class _Summary:
         return 1.0 - self.residual.var(correction=0).item() / variance if variance > 0 else 0.0
 
 
-def _actor_coeff(config: VimpoConfig, summary: _Summary) -> float:
-    """c_A = alpha * beta * mean_length * rms_over_tokens(residual), or the number given; times max(0, correlation)."""
+def _actor_coeff(config: VimpoConfig, summary: _Summary, actor_loss_weight: float) -> float:
+    """c_A: `_same_push` or the number given, times max(0, correlation)."""
     if not config.use_actor:
         return 0.0
-    coeff = config.actor_coeff
-    if coeff == "auto":
-        push = config.actor_alpha * config.beta
-        coeff = push * summary.mean_length * summary.rms_over_tokens(summary.residual)
+    coeff = _same_push(config, summary, actor_loss_weight) if config.actor_coeff == "auto" else config.actor_coeff
     return coeff * max(0.0, summary.correlation) if config.actor_trust else coeff
+
+
+def _same_push(config: VimpoConfig, summary: _Summary, actor_loss_weight: float) -> float:
+    """alpha * beta * mean_length * rms_over_tokens(residual) / actor_loss_weight (docs/method.md, "Scale")."""
+    value_push = config.beta * summary.mean_length * summary.rms_over_tokens(summary.residual)
+    return config.actor_alpha * value_push / actor_loss_weight if value_push > 0 else 0.0
 
 
 def outcome_correlation(judgement: Tensor, outcome: Tensor, group: Sequence[Hashable]) -> float:

@@ -26,7 +26,8 @@ class VimpoConfig:
     Attributes:
         beta: weight of the reference in rho and kappa, in units of reward a nat; > 0.
         actor_coeff: c_A, weight of the actor loss beside the value loss: a number >= 0, or "auto" for
-            actor_alpha * beta * mean_length * rms_over_tokens(residual), the same push at any response length.
+            actor_alpha * beta * mean_length * rms_over_tokens(residual) / (what verl's loss_agg_mode makes of a loss of 1),
+            the same push at any response length and in every mode.
         actor_alpha: the push of actor_coeff "auto", relative to the value loss; >= 0.
         actor_trust: multiply c_A by max(0, correlation of the policy's judgement with the outcomes).
         kl_estimator: kappa: "exact" (whole vocabulary, the paper's), or from the sampled token alone "k2" or "k3".

@@ -31,6 +31,7 @@ class JointPassOutput:
         is_padding: [B] bool, placeholder sequences that verl added.
         config: the knobs.
         lam: verl's algorithm.lam.
+        actor_loss_weight: what loss_agg_mode makes of a loss of 1 on every token; 1 for token-mean.
         result: filled by the estimator.
     """
 
@@ -40,6 +41,7 @@ class JointPassOutput:
     is_padding: Tensor
     config: VimpoConfig
     lam: float
+    actor_loss_weight: float = 1.0
     result: VimpoBatch | None = None
 
 
@@ -96,8 +98,8 @@ def vimpo_advantage(
     if output is None:
         raise RuntimeError(
             "adv_estimator=vimpo: this batch has no kappa, because VIMPO's trainer is not in force in this process. "
-            "Run `vimpo check` in the environment of the process that failed; a trainer of your own must derive from "
-            "one of verl's sync or colocate_async trainers as found in verl's registry"
+            "Run `vimpo check` in the environment of the process that failed; a trainer of your own must derive from verl's "
+            "PPOTrainerSync or PPOTrainerColocateAsync (verl.trainer.ppo.v1) and be made with verl's configuration"
         )
     if output.token_kl.shape != response_mask.shape:
         raise ValueError(
@@ -120,6 +122,7 @@ def vimpo_advantage(
         config=output.config,
         lam=output.lam,
         is_padding=output.is_padding,
+        actor_loss_weight=output.actor_loss_weight,
     )
     return output.result.advantages, output.result.returns
 

@@ -1,8 +1,8 @@
 """What the joint pass keeps of two logits tensors: four numbers a token, from one read of each.
 
-One function in front. On a GPU it runs the Triton kernel (vimpo_verl.token_statistics_triton), elsewhere the chunked
-torch version below; both give the same numbers to float32 accuracy. `linear_token_statistics` does the same from hidden
-states and output matrices, where there are no logits.
+One function in front. On a GPU it runs the Triton kernel (vimpo_verl.token_statistics_triton), on a CPU the chunked torch
+version below, on other accelerators that of vimpo_verl.token_statistics_float32; all give the same numbers to float32
+accuracy. `linear_token_statistics` does the same from hidden states and output matrices, where there are no logits.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ _LINEAR_CHUNK_TOKENS = 512
 
 
 class TokenStatistics(NamedTuple):
-    """Per token, all [N] and float32 (float64 for float64 logits), in nats."""
+    """Per token, all [N] and float32 (on a CPU or GPU float64 for float64 logits), in nats."""
 
     log_prob: Tensor  # log pi_theta(y_t|s_t)
     ref_log_prob: Tensor  # log pi_ref(y_t|s_t)
@@ -55,6 +55,10 @@ def token_statistics(
         from vimpo_verl.token_statistics_triton import triton_token_statistics
 
         return TokenStatistics(*triton_token_statistics(policy_logits, ref_logits, labels, temperature))
+    if policy_logits.device.type not in ("cpu", "cuda"):
+        from vimpo_verl.token_statistics_float32 import float32_token_statistics
+
+        return TokenStatistics(*float32_token_statistics(policy_logits, ref_logits, labels, temperature))
     return _torch_token_statistics(policy_logits, ref_logits, labels, temperature)
 
 

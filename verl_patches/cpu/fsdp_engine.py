@@ -15,6 +15,8 @@ from contextlib import contextmanager
 
 import wrapt
 
+from verl_patches.functions import wrap
+
 BACKENDS = ["fsdp", "fsdp2"]
 FSDP1_CHECK = "_check_module_states_for_sync_module_states"
 
@@ -42,14 +44,14 @@ def _cpu_version_of(engine_class) -> type:
     return type(f"CPU{engine_class.__name__}", (NoOffload, engine_class), {"__doc__": "verl's engine on a CPU."})
 
 
-def _accept(wrapped, instance, args, kwargs):
+def _accept(torchs, *args, **kwargs):
     """Parameters on the CPU are where they belong."""
 
 
 def install() -> None:
     @wrapt.when_imported("torch.distributed.fsdp._init_utils")
     def _wrap(module):
-        wrapt.wrap_function_wrapper(module, FSDP1_CHECK, _accept)
+        wrap(module, FSDP1_CHECK, _accept)
 
     @wrapt.when_imported("verl.workers.engine.fsdp.transformer_impl")
     def _register(module):

@@ -9,10 +9,12 @@ Why: host and device are the same memory, so there is nothing to move; for FSDP1
 
 import wrapt
 
+from verl_patches.functions import wrap
+
 MOVES = ("load_fsdp_model_to_gpu", "offload_fsdp_model_to_cpu")
 
 
-def _stay(wrapped, instance, args, kwargs):
+def _stay(verls, *args, **kwargs):
     """The model is where it belongs."""
 
 
@@ -20,4 +22,4 @@ def install() -> None:
     @wrapt.when_imported("verl.utils.fsdp_utils")
     def _wrap(module):
         for move in MOVES:
-            wrapt.wrap_function_wrapper(module, move, _stay)
+            wrap(module, move, _stay)

@@ -9,19 +9,17 @@ torch refuses.
 
 import wrapt
 
+from verl_patches.functions import wrap
+
 BACKEND = "cpu:gloo"
 
 
-def _with_gloo(wrapped, instance, args, kwargs):
+def _with_gloo(verls, timeout_second=None, backend=None):
     """Fill in the backend where the caller leaves it to verl."""
-
-    def call(timeout_second=None, backend=None):
-        return wrapped(timeout_second=timeout_second, backend=backend or BACKEND)
-
-    return call(*args, **kwargs)
+    return verls(timeout_second=timeout_second, backend=backend or BACKEND)
 
 
 def install() -> None:
     @wrapt.when_imported("verl.utils.distributed")
     def _wrap(module):
-        wrapt.wrap_function_wrapper(module, "initialize_global_process_group_ray", _with_gloo)
+        wrap(module, "initialize_global_process_group_ray", _with_gloo)

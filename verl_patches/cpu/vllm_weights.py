@@ -11,18 +11,15 @@ process_weights_after_loading after every sync, which packs anew. The price is a
 import wrapt
 
 from verl_patches.cpu import is_requested
+from verl_patches.functions import wrap
 
 _TARGET = "vllm.model_executor.layers.utils"
 _registered = False
 
 
-def _keep_weight(wrapped, instance, args, kwargs):
+def _keep_weight(vllms, layer, remove_weight):
     """Pack the weight, whatever the caller says about removing it afterwards."""
-
-    def call(layer, remove_weight):
-        return wrapped(layer, remove_weight=False)
-
-    return call(*args, **kwargs)
+    return vllms(layer, remove_weight=False)
 
 
 def register() -> None:
@@ -34,4 +31,4 @@ def register() -> None:
 
     @wrapt.when_imported(_TARGET)
     def _wrap(module):
-        wrapt.wrap_function_wrapper(module, "dispatch_cpu_unquantized_gemm", _keep_weight)
+        wrap(module, "dispatch_cpu_unquantized_gemm", _keep_weight)

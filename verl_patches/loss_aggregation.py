@@ -1,0 +1,62 @@
+"""What `actor.loss_agg_mode` makes of a loss, asked of verl's own function. No seam: nothing of verl is changed.
+
+Reads verl.trainer.ppo.core_algos.agg_loss, so that a mode that a later release adds is known here, too. Checked against
+verl 0.9.1.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def mini_batch_size(config: Any) -> int:
+    """Sequences of a global mini-batch, as verl's trainers hand them to an update.
+
+    Args:
+        config: verl's configuration, a DictConfig.
+    """
+    return config.actor_rollout_ref.actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
+
+
+def aggregation_weight(config: Any, response_mask: Tensor) -> float:
+    """What `loss_agg_mode` makes of a loss of 1 on every valid token of a mini-batch: 1 for "token-mean".
+
+    So it is the sum of the weights of a mini-batch's tokens: a coefficient divided by it weighs the same in every mode.
+
+    Args:
+        config: verl's configuration, a DictConfig.
+        response_mask: [B, T], 0/1 or bool, of the whole batch, verl's placeholder samples included.
+
+    Returns:
+        The mean over the batch's mini-batches; 0 where no token is valid.
+
+    Raises:
+        ValueError: verl has no such mode.
+    """
+    return _share(config, response_mask, len(response_mask) / mini_batch_size(config))
+
+
+def full_length_weight(config: Any) -> float:
+    """The same for responses that all have `data.max_response_length` tokens. Arguments and errors as above."""
+    # Every sequence has the same share, and one is enough to see it.
+    response_mask = torch.ones(1, config.data.max_response_length)
+    return _share(config, response_mask, 1 / mini_batch_size(config))
+
+
+def _share(config: Any, response_mask: Tensor, mini_batches: float) -> float:
+    """agg_loss of ones over `response_mask`, which makes up this number of mini-batches, divided by that number."""
+    from verl.trainer.ppo.core_algos import agg_loss
+
+    actor, valid = config.actor_rollout_ref.actor, response_mask.double()
+    if not valid.any():
+        return 0.0
+    loss = agg_loss(
+        loss_mat=torch.ones_like(valid),
+        loss_mask=valid,
+        loss_agg_mode=actor.loss_agg_mode,
+        batch_num_tokens=valid.sum() / mini_batches,
+        global_batch_size=mini_batch_size(config),
+        loss_scale_factor=actor.loss_scale_factor,
+    )
+    return loss.item() / mini_batches
