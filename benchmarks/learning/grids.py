@@ -71,9 +71,30 @@ def headline(condition: str) -> list[Setting]:
     return each(chosen, REPORTED_SEEDS)
 
 
+# What was tried before the grids were frozen, on tuning seeds; cut off.
+PILOTS: dict[str, list[Setting]] = {
+    "noise_30": [
+        Setting("grpo", lr=7e-4),
+        Setting("grpo", lr=1.5e-3),
+        Setting("grpo", lr=1.5e-3, coeff=0.1),
+        Setting("rloo", lr=1e-3),
+        Setting("kl_in_reward", lr=1e-3, coeff=0.5),
+        Setting("vimpo", lr=1e-3, coeff=0.5),
+        Setting("vimpo", lr=2e-3, coeff=0.5),
+        Setting("vimpo", lr=2e-3, coeff=1.0),
+    ],
+    "reuse": [
+        *(Setting("grpo", lr=lr, coeff=coeff) for lr in (3e-4, 1e-3) for coeff in (0.0, 0.1)),
+        *(Setting("kl_in_reward", lr=lr, coeff=0.5) for lr in (3e-4, 1e-3)),
+        *(Setting("vimpo", lr=lr, coeff=coeff) for lr in (3e-4, 1e-3) for coeff in (0.5, 1.0, 2.0, 4.0, 8.0)),
+    ],
+}
+
 GRIDS: dict[str, Callable[[], list[Setting]]] = {
     **{f"tune_{condition}": lambda condition=condition: tuning(condition) for condition in CONDITIONS},
     **{condition: lambda condition=condition: headline(condition) for condition in CONDITIONS},
+    "pilot_noise_30": lambda: each(PILOTS["noise_30"], TUNING_SEEDS, **CONDITIONS["noise_30"]),
+    "pilot_reuse": lambda: each(PILOTS["reuse"], TUNING_SEEDS, batches=20, updates=8),
     # The paper's constants are for answers of 1,000 tokens: here they are shown to fail at every rate, not tuned.
     "paper_constants": lambda: each(
         [Setting("vimpo_paper", lr=lr) for lr in RATES], TUNING_SEEDS, **CONDITIONS["clean"]

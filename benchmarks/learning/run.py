@@ -33,6 +33,13 @@ def start(task_key: tuple, seed: int) -> dict:
     return policy.state_dict()
 
 
+def start_policy(setting: Setting) -> torch.nn.Module:
+    """The policy that every arm of a seed starts from, and the reference."""
+    policy = make_task(setting).make_policy()
+    policy.load_state_dict(start((setting.task, setting.tokens, setting.decisions), setting.seed))
+    return policy
+
+
 def sample_from_past(policy: torch.nn.Module, batches: int) -> None:
     """Have the policy's answers sampled with the weights of `batches` batches ago, as asynchronous training does."""
     sampler, past = copy.deepcopy(policy), deque(maxlen=batches + 1)
@@ -45,21 +52,15 @@ def sample_from_past(policy: torch.nn.Module, batches: int) -> None:
     policy.sample = sample
 
 
-def run(setting: Setting) -> dict:
+def trained(setting: Setting) -> tuple[torch.nn.Module, list[float]]:
     """Train once.
 
     Returns:
-        accuracy: at the end, on held-out prompts; 0 if the weights are not finite any more.
-        rewards: the batches' mean rewards without noise, each of fresh prompts, before the batch's updates.
-        seconds: processor seconds.
+        The policy, and the batches' mean rewards without noise, each of fresh prompts, before the batch's updates.
     """
     torch.set_num_threads(1)
     task = make_task(setting)
-    policy = task.make_policy()
-    policy.load_state_dict(start((setting.task, setting.tokens, setting.decisions), setting.seed))
-    if setting.staleness:
-        sample_from_past(policy, setting.staleness)
-    begin = time.process_time()
+    policy = start_policy(setting)
     flips = torch.Generator().manual_seed(1000 + setting.seed)
 
     def on_batch(rollout: Rollout) -> None:
@@ -69,6 +70,8 @@ def run(setting: Setting) -> dict:
         if setting.arm == "oracle":
             rollout.exact_advantages = task.advantages(policy, rollout)
 
+    if setting.staleness:
+        sample_from_past(policy, setting.staleness)
     rewards = train(
         policy,
         task,
@@ -82,13 +85,31 @@ def run(setting: Setting) -> dict:
         flip_prob=setting.flip_prob if setting.flip_kind == "group" else 0.0,
         on_batch=on_batch,
     )
-    held_out = task.prompts(HELD_OUT, torch.Generator().manual_seed(HELD_OUT_SEED))
-    accuracy = task.accuracy(policy, held_out)
+    return policy, rewards
+
+
+def run(setting: Setting) -> dict:
+    """Train once and measure.
+
+    Returns:
+        accuracy: at the end, on held-out prompts; 0 if the weights are not finite any more.
+        rewards: as of `trained`.
+        seconds: processor seconds.
+    """
+    begin = time.process_time()
+    policy, rewards = trained(setting)
+    task = make_task(setting)
+    accuracy = task.accuracy(policy, held_out_prompts(task))
     return {
         "accuracy": round(accuracy, 4) if math.isfinite(accuracy) else 0.0,
         "rewards": [round(reward, 4) for reward in rewards],
         "seconds": round(time.process_time() - begin, 1),
     }
+
+
+def held_out_prompts(task) -> torch.Tensor:
+    """The prompts of every measurement; training never sees them but by chance."""
+    return task.prompts(HELD_OUT, torch.Generator().manual_seed(HELD_OUT_SEED))
 
 
 def run_named(setting: Setting) -> dict:

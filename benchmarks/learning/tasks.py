@@ -29,6 +29,17 @@ class RunningSums(one_file.RunningSums):
         right = rollout.sequences[:, self.prompt_tokens :] == answers
         return advantages_of(log_prob.flip(1).cumsum(1).flip(1).exp(), right)
 
+    def first_wrong(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """[B] the place of the first wrong token, T if there is none; and whether only one token does not follow.
+
+        A token follows if it is the one before it plus its digit: after one mistake the rest may well follow from it.
+        """
+        prompts, responses = rollout.sequences[:, : self.prompt_tokens], rollout.sequences[:, self.prompt_tokens :]
+        right = responses == self.answers(prompts)
+        before = nn.functional.pad(responses, (1, 0))[:, :-1]
+        follows = responses == (before + prompts[:, :-1]) % 10
+        return right.cumprod(1).sum(1), (~follows).sum(1) == 1
+
 
 def advantages_of(rest: Tensor, right: Tensor) -> Tensor:
     """A_t = V(s_{t+1}) - V(s_t), where V is 0 after a wrong token.
@@ -123,6 +134,14 @@ class Needles:
         right = rollout.sequences[:, self.prompt_tokens :][:, self.places] == self.decisions(prompts)
         zeros = rest.new_zeros(len(prompts), self.response_tokens)
         return zeros.index_copy(1, self.places, advantages_of(rest, right))
+
+    def first_wrong(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """[B] the place of the first wrong decision, T if there is none; and whether it is the only one"""
+        prompts, responses = rollout.sequences[:, : self.prompt_tokens], rollout.sequences[:, self.prompt_tokens :]
+        right = responses[:, self.places] == self.decisions(prompts)
+        number = right.cumprod(1).sum(1)
+        places = torch.cat([self.places, torch.tensor([self.response_tokens])])
+        return places[number], (~right).sum(1) == 1
 
 
 TASKS = {"running_sums": RunningSums, "needles": Needles}
