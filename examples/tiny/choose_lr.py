@@ -9,7 +9,7 @@ Prints, over the seeds: the accuracy at the end, and the lowest reward of any st
 
 import argparse
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
@@ -81,27 +81,34 @@ def grpo_loss(model: Qwen3ForCausalLM, reference: Qwen3ForCausalLM, rollout: Rol
     return policy_gradient(log_prob, advantage.view(-1, 1), rollout.mask)
 
 
-def vimpo_loss(model: Qwen3ForCausalLM, reference: Qwen3ForCausalLM, rollout: Rollout) -> Tensor:
-    config = VimpoConfig()
-    log_prob, logits = rollout.token_log_probs(model)
-    with torch.no_grad():
-        ref_log_prob, ref_logits = rollout.token_log_probs(reference)
-        token_kl = F.exact_kl(logits, ref_logits)
-        batch = compute_batch(
-            old_log_prob=log_prob,
-            ref_log_prob=ref_log_prob,
-            token_kl=token_kl,
-            response_mask=rollout.mask,
-            outcome=rollout.outcome,
-            group=rollout.group,
-            config=config,
-            lam=1.0,
-        )
-    value = F.value_loss(log_prob, ref_log_prob, token_kl, batch.returns[:, 0], rollout.mask, config.beta).mean()
-    return value + batch.actor_coeff * policy_gradient(log_prob, batch.advantages, rollout.mask)
+class VimpoLoss:
+    """VIMPO's loss in one run: beta is measured over the first batch and then kept."""
+
+    def __init__(self):
+        self.config = VimpoConfig()
+
+    def __call__(self, model: Qwen3ForCausalLM, reference: Qwen3ForCausalLM, rollout: Rollout) -> Tensor:
+        log_prob, logits = rollout.token_log_probs(model)
+        with torch.no_grad():
+            ref_log_prob, ref_logits = rollout.token_log_probs(reference)
+            token_kl = F.exact_kl(logits, ref_logits)
+            batch = compute_batch(
+                old_log_prob=log_prob,
+                ref_log_prob=ref_log_prob,
+                token_kl=token_kl,
+                response_mask=rollout.mask,
+                outcome=rollout.outcome,
+                group=rollout.group,
+                config=self.config,
+                lam=1.0,
+            )
+        beta = batch.beta.value
+        self.config = replace(self.config, beta=beta)
+        value = F.value_loss(log_prob, ref_log_prob, token_kl, batch.returns[:, 0], rollout.mask, beta).mean()
+        return value + batch.actor_coeff * policy_gradient(log_prob, batch.advantages, rollout.mask)
 
 
-LOSSES = {"grpo": grpo_loss, "vimpo": vimpo_loss}
+LOSSES = {"grpo": lambda: grpo_loss, "vimpo": VimpoLoss}  # makes the loss of a run
 
 
 def train(algo: str, lr: float, seed: int, args: argparse.Namespace) -> tuple[float, float]:
@@ -112,12 +119,12 @@ def train(algo: str, lr: float, seed: int, args: argparse.Namespace) -> tuple[fl
     model, reference = (Qwen3ForCausalLM.from_pretrained(args.model).float() for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP))
-    rewards = []
+    rewards, loss = [], LOSSES[algo]()
     for _ in range(args.steps):
         rollout = sample(model, tokenizer, rng)
         rewards.append(rollout.outcome.mean().item())
         optimizer.zero_grad()
-        LOSSES[algo](model, reference, rollout).backward()
+        loss(model, reference, rollout).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
