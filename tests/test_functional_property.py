@@ -13,8 +13,9 @@ import torch
 from hypothesis import assume, given
 
 from vimpo_verl import functional as F
+from vimpo_verl.baselines import OF_A_BATCH
 from vimpo_verl.batch import compute_batch
-from vimpo_verl.config import VimpoConfig
+from vimpo_verl.config import BASELINES, VimpoConfig
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -123,7 +124,7 @@ def test_value_loss(batch, loss_type, data):
 @given(st.lists(st.tuples(st.floats(-10, 10), st.sampled_from("abc")), max_size=12), st.none() | st.floats(-1, 1))
 def test_baselines(members, cap):
     outcome, group = torch.tensor([m[0] for m in members]), [m[1] for m in members]
-    for baseline in (F.group_baseline, F.leave_one_out_baseline):
+    for baseline in OF_A_BATCH.values():
         v0 = baseline(outcome, group, cap=cap)
         assert v0.shape == outcome.shape and torch.isfinite(v0).all()
         assert cap is None or (v0 <= cap + 1e-6).all()
@@ -225,7 +226,7 @@ def test_logits_that_do_not_fit_are_refused(pair, data):
 def test_outcomes_and_groups_that_do_not_fit_are_refused(size, data):
     outcome, group = torch.zeros(size), ["a"] * size
     channels = data.draw(st.integers(0, 3))
-    for baseline in (F.group_baseline, F.leave_one_out_baseline):
+    for baseline in OF_A_BATCH.values():
         refused("outcome", baseline, torch.zeros(size, channels), group)
         refused("outcome", baseline, 1j * outcome, group)
         refused("group", baseline, outcome, [*group, "b"])
@@ -245,7 +246,7 @@ def test_a_tensor_of_groups_is_taken_by_value():
 # ---- a batch ---------------------------------------------------------------------------------------------------------
 
 
-@given(token_batches(), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from(["group_mean", "leave_one_out"]), st.data())
+@given(token_batches(), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from(BASELINES), st.data())
 def test_a_batch(batch, lam, baseline, data):
     """compute_batch on anything finite: finite results and metrics, bounded correlation, c_A >= 0."""
     size = batch[0].shape[0]

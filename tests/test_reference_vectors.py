@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from vimpo_verl import baselines
 from vimpo_verl import functional as F
 
 TOLERANCE = 1e-9
@@ -163,8 +164,10 @@ def test_soft_variant(case):
     """soft_baseline = group mean of R - beta sum KL; its value loss has no kappa: 1/2 (sum rho - (R - soft_baseline))^2."""
     outcome = (case.token_level_rewards * case.response_mask).sum(-1)
     kl = F.exact_kl(case.policy_logits, case.ref_logits)
-    soft_outcome = outcome - case.params.beta * (kl * case.response_mask).sum(-1)
-    soft_baseline = F.group_baseline(soft_outcome, case.group.tolist(), cap=case.params.cap_v0)
+    sequence_kl = (kl * case.response_mask).sum(-1)
+    soft_baseline = baselines.soft_baseline(
+        outcome, case.group.tolist(), sequence_kl, case.params.beta, cap=case.params.cap_v0
+    )
     assert_agrees(soft_baseline, case.soft_baseline)
 
     log_prob = case.log_prob.clone().requires_grad_()

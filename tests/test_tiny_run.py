@@ -68,3 +68,48 @@ def test_micro_batch_divides_a_small_batch(python_stub, tmp_path, prompts, micro
 def test_an_unknown_algorithm_is_refused():
     done = subprocess.run(["bash", str(RUN_TINY)], env={**os.environ, "ALGO": "ppo"}, capture_output=True, text=True)
     assert done.returncode == 2 and "ALGO must be vimpo or grpo, not 'ppo'" in done.stderr
+
+
+JOINED = {"ALGO": "vimpo", "RAY_ADDRESS": "10.0.0.1:11000", "NNODES": "2", "GPUS": "4"}
+
+
+def test_it_joins_the_cluster_of_a_slurm_job(python_stub, tmp_path):
+    """With all of the job's nodes; nothing that ray.init refuses when it connects to a cluster that is there."""
+    given = overrides(python_stub, tmp_path / "run", **JOINED)
+    config = resolved(given)
+    assert config["trainer.nnodes"] == 2 and config["trainer.n_gpus_per_node"] == 4
+    assert config["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"] == 32 * 8 // 8
+    assert config["trainer.resume_mode"] == "auto" and config["trainer.save_freq"] == 10
+    ray_init = [option for option in given if "ray_init." in option]
+    assert ray_init and all(option.startswith("+ray_kwargs.ray_init.runtime_env.env_vars.") for option in ray_init)
+
+
+def test_rays_processes_get_the_environment_of_a_run_that_joins(python_stub, tmp_path):
+    """As strings, as Ray asks for. They were started before, so what the run exports does not reach them."""
+    given = overrides(python_stub, tmp_path / "run", **JOINED)
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=[o for o in given if not o.startswith("hydra.")])
+    variables = OmegaConf.to_container(config.ray_kwargs.ray_init.runtime_env.env_vars)
+    assert all(isinstance(value, str) for value in variables.values())
+    assert variables["VERL_FILE_LOGGER_PATH"] == str(tmp_path / "run/metrics.jsonl")
+    assert variables["VERL_PLATFORM"] == "cpu" and variables["TORCHDYNAMO_DISABLE"] == "1"
+    assert not {"VLLM_HOST_IP", "GLOO_SOCKET_IFNAME"} & variables.keys(), (
+        "several nodes do not meet on a loopback address"
+    )
+
+
+def test_metrics_of_earlier_starts_are_kept(python_stub, tmp_path):
+    for start in (1, 2):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run/metrics.jsonl").write_text(f"start {start}\n")
+        overrides(python_stub, tmp_path / "run", **JOINED)
+    assert [(tmp_path / f"run/metrics.{start}.jsonl").read_text() for start in (1, 2)] == ["start 1\n", "start 2\n"]
+
+
+@pytest.mark.parametrize("variables", [{}, {"RAY_ADDRESS": "10.0.0.1:11000"}, {"NNODES": "2"}])
+def test_otherwise_it_has_its_own_ray(python_stub, tmp_path, variables):
+    given = overrides(python_stub, tmp_path / "run", ALGO="vimpo", **variables)
+    assert "+ray_kwargs.ray_init.address=local" in given
+    config = resolved(given)
+    assert config["trainer.nnodes"] == 1 and config["trainer.n_gpus_per_node"] == 1
+    assert config["trainer.resume_mode"] == "disable" and config["trainer.save_freq"] == -1

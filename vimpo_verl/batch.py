@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from vimpo_verl import functional as F
+from vimpo_verl.baselines import OF_A_BATCH
 from vimpo_verl.beta import Beta, auto_beta, beta_fit
 from vimpo_verl.config import VimpoConfig
-
-_BASELINES = {"group_mean": F.group_baseline, "leave_one_out": F.leave_one_out_baseline}
 
 
 class VimpoBatch(NamedTuple):
@@ -96,9 +95,10 @@ def _beta(config: VimpoConfig, mask: Tensor, outcome: Tensor, group: Sequence[Ha
 
 
 def _baseline(outcome: Tensor, group: Sequence[Hashable], real: Tensor, config: VimpoConfig) -> Tensor:
-    # Placeholders form groups of their own, whatever name verl gave them.
-    names = [(bool(is_real), name) for is_real, name in zip(real.tolist(), group, strict=True)]
-    return _BASELINES[config.baseline](outcome, names, cap=config.baseline_cap)
+    """V0 of the real sequences; 0 on placeholders, which belong to no group and no batch mean."""
+    names = [name for is_real, name in zip(real.tolist(), group, strict=True) if is_real]
+    of_real = OF_A_BATCH[config.baseline](outcome[real], names, cap=config.baseline_cap)
+    return of_real.new_zeros(outcome.shape).masked_scatter(real, of_real)
 
 
 class _Summary:

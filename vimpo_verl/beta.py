@@ -46,7 +46,7 @@ def auto_beta(lengths: Sequence[int], outcomes: Sequence[float], groups: Sequenc
         lengths: [B], tokens that the policy wrote, of the real sequences.
         outcomes: [B], R.
         groups: [B], equal for the responses to one prompt.
-        beta_scale: in nats, > 0: beta * T for rewards of range 1 (the paper's: 5e-4 times about 1,000 tokens).
+        beta_scale: > 0, beta * T for rewards of range 1 (the paper's: 5e-4 times about 1,000 tokens).
 
     Raises:
         ValueError: there is no token, a reward is not finite, or the arguments do not fit each other.

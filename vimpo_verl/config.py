@@ -16,7 +16,7 @@ SECTION = "algorithm.vimpo"
 KL_ESTIMATORS = ("exact", "k2", "k3")
 VALUE_LOSS_TYPES = ("squared_error", "huber")
 KAPPA_POLICIES = ("old", "current")
-BASELINES = ("group_mean", "leave_one_out")
+BASELINES = ("group_mean", "leave_one_out", "shrunk")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class VimpoConfig:
     Attributes:
         beta: weight of the reference in rho and kappa, in units of reward a nat: a number > 0, or "auto" for
             beta_scale * (range of the rewards) / (mean response length) of the run's first batch (vimpo_verl/beta.py).
-        beta_scale: beta "auto" times the mean response length, for rewards of range 1; in nats, > 0.
+        beta_scale: beta "auto" times the mean response length, for rewards of range 1; > 0.
         actor_coeff: c_A, weight of the actor loss beside the value loss: a number >= 0, or "auto" for
             actor_alpha * beta * mean_length * rms_over_tokens(residual) / (what verl's loss_agg_mode makes of a loss of 1),
             the same push at any response length and in every mode.
@@ -39,7 +39,7 @@ class VimpoConfig:
         use_actor: False trains with the value loss alone.
         value_loss_type: "squared_error" (the paper's) or "huber".
         huber_delta: where huber turns linear, in units of reward; > 0.
-        baseline: V0: "group_mean" (the paper's) or "leave_one_out".
+        baseline: V0: "group_mean" (the paper's), "leave_one_out" or "shrunk", to the mean of the batch's other prompts.
         baseline_cap: upper bound of V0, or None.
         stage_timeout: seconds, > 0, for which a stage of a step (generation with rewards, update, checkpoint, weight
             sync, ...) may stand still before the run is ended, because verl itself waits for ever; None, only said;

@@ -75,8 +75,8 @@ def topk_kl(policy_logits: Tensor, ref_logits: Tensor, k: int) -> Tensor:
     _require_logits(policy_logits, ref_logits)
     if not (_is_int(k) and 1 <= k <= policy_logits.shape[-1]):
         raise ValueError(f"k must be an integer from 1 to the vocabulary size {policy_logits.shape[-1]}, got {k!r}")
-    log_p = torch.log_softmax(_accumulating(policy_logits), dim=-1)
-    log_q = torch.log_softmax(_accumulating(ref_logits), dim=-1)
+    log_p = torch.log_softmax(accumulating(policy_logits), dim=-1)
+    log_q = torch.log_softmax(accumulating(ref_logits), dim=-1)
     top_log_p, top = log_p.topk(k, dim=-1)
     top_p = top_log_p.exp()
     terms = top_p * (top_log_p - log_q.gather(-1, top))
@@ -97,7 +97,7 @@ def sampled_kl(log_prob: Tensor, ref_log_prob: Tensor, estimator: str) -> Tensor
         ValueError: the log-probs do not fit, or the estimator is unknown or "k1".
     """
     _require_fitting(log_prob=log_prob, ref_log_prob=ref_log_prob)
-    log_ratio = _accumulating(log_prob) - _accumulating(ref_log_prob)
+    log_ratio = accumulating(log_prob) - accumulating(ref_log_prob)
     if estimator == "k2":
         return 0.5 * log_ratio.square()
     if estimator == "k3":
@@ -127,10 +127,10 @@ def td_residual(log_prob: Tensor, ref_log_prob: Tensor, token_kl: Tensor, respon
     Raises:
         ValueError: the tensors or the mask do not fit, or beta is not a positive number.
     """
-    valid = _valid(response_mask, log_prob=log_prob, ref_log_prob=ref_log_prob, token_kl=token_kl)
-    _require_positive(beta=beta)
-    td = beta * (_accumulating(log_prob) - _accumulating(ref_log_prob) - _accumulating(token_kl))
-    return _zero_where_masked(td, valid)
+    valid = valid_tokens(response_mask, log_prob=log_prob, ref_log_prob=ref_log_prob, token_kl=token_kl)
+    require_positive(beta=beta)
+    td = beta * (accumulating(log_prob) - accumulating(ref_log_prob) - accumulating(token_kl))
+    return zero_where_masked(td, valid)
 
 
 def implied_values(td: Tensor, response_mask: Tensor) -> Tensor:
@@ -146,8 +146,8 @@ def implied_values(td: Tensor, response_mask: Tensor) -> Tensor:
     Raises:
         ValueError: td or the mask do not fit.
     """
-    valid = _valid(response_mask, td=td)
-    return _zero_where_masked(-_sum_from_here_on(_zero_where_masked(_accumulating(td), valid)), valid)
+    valid = valid_tokens(response_mask, td=td)
+    return zero_where_masked(-_sum_from_here_on(zero_where_masked(accumulating(td), valid)), valid)
 
 
 def implied_advantages(td: Tensor, response_mask: Tensor, lam: float) -> Tensor:
@@ -166,17 +166,17 @@ def implied_advantages(td: Tensor, response_mask: Tensor, lam: float) -> Tensor:
     """
     if not (isinstance(lam, Real) and 0.0 <= lam <= 1.0):
         raise ValueError(f"lam must be a number in [0, 1], got {lam!r}")
-    valid = _valid(response_mask, td=td)
+    valid = valid_tokens(response_mask, td=td)
     if lam == 1.0:
         return -implied_values(td, valid)
-    td = _zero_where_masked(_accumulating(td), valid)
+    td = zero_where_masked(accumulating(td), valid)
     running, advantages = td.new_zeros(td.shape[0]), []
     for t in reversed(range(td.shape[1])):
         running = torch.where(valid[:, t], td[:, t] + lam * running, running)
         advantages.append(running)
     if not advantages:
         return td
-    return _zero_where_masked(torch.stack(advantages[::-1], dim=1), valid)
+    return zero_where_masked(torch.stack(advantages[::-1], dim=1), valid)
 
 
 def whiten(advantages: Tensor, response_mask: Tensor) -> Tensor:
@@ -195,14 +195,14 @@ def whiten(advantages: Tensor, response_mask: Tensor) -> Tensor:
     Raises:
         ValueError: the advantages or the mask do not fit.
     """
-    valid = _valid(response_mask, advantages=advantages)
-    advantages = _zero_where_masked(_accumulating(advantages), valid)
+    valid = valid_tokens(response_mask, advantages=advantages)
+    advantages = zero_where_masked(accumulating(advantages), valid)
     count = int(valid.sum())
     if count < 2:
         return torch.zeros_like(advantages)
     # Counted from one of the values, so that a constant gives exact zeros and large offsets cost no digits.
     shifted = advantages - advantages[valid][0]
-    deviation = _zero_where_masked(shifted - _zero_where_masked(shifted, valid).sum() / count, valid)
+    deviation = zero_where_masked(shifted - zero_where_masked(shifted, valid).sum() / count, valid)
     variance = deviation.square().sum() / (count - 1)
     return deviation * torch.rsqrt(variance + WHITEN_EPS)
 
@@ -224,8 +224,8 @@ def group_baseline(outcome: Tensor, group: Sequence[Hashable], *, cap: float | N
     Raises:
         ValueError: outcome is not [B] (one reward a sequence), group has another length or cap is not a number.
     """
-    outcome, index = _grouped(outcome, group, cap)
-    return _capped(_group_sums(outcome, index) / _group_sums(torch.ones_like(outcome), index), cap)
+    outcome, index = grouped(outcome, group, cap)
+    return _capped(group_sums(outcome, index) / group_sums(torch.ones_like(outcome), index), cap)
 
 
 def leave_one_out_baseline(outcome: Tensor, group: Sequence[Hashable], *, cap: float | None = None) -> Tensor:
@@ -234,9 +234,9 @@ def leave_one_out_baseline(outcome: Tensor, group: Sequence[Hashable], *, cap: f
     A group of one has no other member; its baseline is its own reward, as with `group_baseline`, so its target is 0.
     Arguments, result and errors as for `group_baseline`.
     """
-    outcome, index = _grouped(outcome, group, cap)
-    others = _group_sums(torch.ones_like(outcome), index) - 1
-    mean_of_others = (_group_sums(outcome, index) - outcome) / others.clamp(min=1)
+    outcome, index = grouped(outcome, group, cap)
+    others = group_sums(torch.ones_like(outcome), index) - 1
+    mean_of_others = (group_sums(outcome, index) - outcome) / others.clamp(min=1)
     return _capped(torch.where(others > 0, mean_of_others, outcome), cap)
 
 
@@ -277,10 +277,10 @@ def value_loss(
         raise ValueError(
             f"target must be [B] = {list(td.shape[:-1])} on {td.device}, got {list(target.shape)} on {target.device}"
         )
-    residual = td.sum(-1) - _accumulating(target.detach())
+    residual = td.sum(-1) - accumulating(target.detach())
     if loss_type == "squared_error":
         return 0.5 * residual.square()
-    _require_positive(huber_delta=huber_delta)
+    require_positive(huber_delta=huber_delta)
     return torch.nn.functional.huber_loss(residual, torch.zeros_like(residual), reduction="none", delta=huber_delta)
 
 
@@ -296,7 +296,7 @@ class _ExactKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, policy_logits: Tensor, ref_logits: Tensor, chunk_size: int | None) -> Tensor:
-        kl = policy_logits.new_empty(policy_logits.shape[0], dtype=_accumulating(policy_logits[:0]).dtype)
+        kl = policy_logits.new_empty(policy_logits.shape[0], dtype=accumulating(policy_logits[:0]).dtype)
         for rows in _chunks(policy_logits.shape[0], chunk_size):
             log_p, log_q = _log_softmaxes(policy_logits[rows], ref_logits[rows])
             p = log_p.exp()
@@ -337,12 +337,12 @@ def _chunks(length: int, chunk_size: int | None) -> list[slice]:
 # ---- small helpers ---------------------------------------------------------------------------------------------------
 
 
-def _accumulating(tensor: Tensor) -> Tensor:
+def accumulating(tensor: Tensor) -> Tensor:
     """The tensor in the dtype that sums are taken in: float64 stays, anything else becomes float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _zero_where_masked(tensor: Tensor, valid: Tensor) -> Tensor:
+def zero_where_masked(tensor: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, tensor, torch.zeros_like(tensor))
 
 
@@ -351,8 +351,12 @@ def _sum_from_here_on(tensor: Tensor) -> Tensor:
     return tensor.flip(-1).cumsum(-1).flip(-1)
 
 
-def _grouped(outcome: Tensor, group: Sequence[Hashable], cap: float | None) -> tuple[Tensor, Tensor]:
-    """Detached outcomes, and for each sequence the number of its group."""
+def grouped(outcome: Tensor, group: Sequence[Hashable], cap: float | None = None) -> tuple[Tensor, Tensor]:
+    """Detached outcomes, and for each sequence the number of its group, counted from 0 as the groups appear.
+
+    Raises:
+        ValueError: as for `group_baseline`.
+    """
     _require_real(outcome=outcome)
     if outcome.dim() != 1:
         raise ValueError(f"outcome must be [B], one reward a sequence, got shape {list(outcome.shape)}")
@@ -367,10 +371,10 @@ def _grouped(outcome: Tensor, group: Sequence[Hashable], cap: float | None) -> t
         index = [number.setdefault(name, len(number)) for name in group]
     except TypeError as error:
         raise ValueError(f"group must hold hashables, such as the prompts' uids: {error}") from None
-    return _accumulating(outcome.detach()), torch.tensor(index, dtype=torch.long, device=outcome.device)
+    return accumulating(outcome.detach()), torch.tensor(index, dtype=torch.long, device=outcome.device)
 
 
-def _group_sums(values: Tensor, index: Tensor) -> Tensor:
+def group_sums(values: Tensor, index: Tensor) -> Tensor:
     """[B] -> [B]: the sum over each sequence's group."""
     groups = int(index.max()) + 1 if index.numel() else 0
     return values.new_zeros(groups).index_add_(0, index, values)[index]
@@ -404,8 +408,12 @@ def require_mask(response_mask: Tensor) -> Tensor:
     return valid
 
 
-def _valid(response_mask: Tensor, **tensors: Tensor) -> Tensor:
-    """The mask of [B, T] tensors as bools, once everything fits."""
+def valid_tokens(response_mask: Tensor, **tensors: Tensor) -> Tensor:
+    """The mask of [B, T] tensors as bools, once everything fits.
+
+    Raises:
+        ValueError: a tensor differs from the mask in shape or device or is of no float dtype, or the mask is not 0/1.
+    """
     _require_fitting(response_mask=response_mask, **tensors)
     if response_mask.dim() != 2:
         names = ", ".join([*tensors, "response_mask"])
@@ -438,7 +446,7 @@ def _require_real(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must be of a real dtype, got {tensor.dtype}")
 
 
-def _require_positive(**numbers: float) -> None:
+def require_positive(**numbers: float) -> None:
     for name, number in numbers.items():
         if not (isinstance(number, Real) and 0 < number < float("inf")):
             raise ValueError(f"{name} must be a number greater than 0, got {number!r}")

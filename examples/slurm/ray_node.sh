@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Ray on one node of a job, in the foreground: ray_node.sh head|worker NAME. Started by train.sbatch on each node by srun, with
 # HEAD_IP, PORT_BASE, GPUS, CPUS, RAY, RAY_TEMP and LOGS in the environment. Ends when Ray does, or on SIGTERM; Ray's own logs, which
-# lie on the node, are then copied to $LOGS/ray-NAME/.
+# lie on the node, are then copied to $LOGS/ray-NAME/, and what Ray's processes left on the node is removed.
 
 set -euo pipefail
 
@@ -32,21 +32,38 @@ case $role in
             --dashboard-host=127.0.0.1   # reach it through ssh -L: it runs commands for whoever can open it
             --dashboard-port="$((PORT_BASE + 8))"
             --temp-dir="$RAY_TEMP"       # the workers take it over
-        ) ;;
+        )
+        export AUTOSCALER_METRIC_PORT=$((PORT_BASE + 9)) DASHBOARD_METRIC_PORT=$((PORT_BASE + 10)) ;;  # no flag for these two
     worker) FLAGS+=(--address="$HEAD_IP:$PORT_BASE") ;;
     *) echo "ray_node.sh: the first argument must be head or worker, not '$role'" >&2; exit 2 ;;
 esac
 
-# shellcheck disable=SC2174  # the folders above are not ours to close
-mkdir -p -m 700 "$RAY_TEMP"
+(umask 077; mkdir -p "$RAY_TEMP")
 [[ -O $RAY_TEMP ]] || { echo "ray_node.sh: $RAY_TEMP belongs to somebody else; set RAY_TEMP to another short path" >&2; exit 2; }
 
-save_logs() {
+touch "$RAY_TEMP/started"
+mkdir -p "$RAY_TEMP/tmp"
+# Of verl, vLLM and torch, whose files then go with Ray's. Slurm sets /tmp where the user sets nothing.
+if [[ ${TMPDIR:-/tmp} == /tmp ]]; then export TMPDIR=$RAY_TEMP/tmp; fi
+# Ray would wait 30 s for its workers, which is as long as Slurm waits before it kills Ray itself (KillWait).
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=${RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S:-0}
+
+shared_memory() {  # files of this user that appeared since the start, on stdout
+    find /dev/shm -maxdepth 1 -user "$EUID" -newer "$RAY_TEMP/started" \( -name "psm_*" -o -name "verl_weights_*" \)
+}
+remove_shared_memory() {  # what killed processes left; not what a process, of another job perhaps, still has in its memory
+    local file
+    for file in $(shared_memory); do
+        grep -qsF "$file" /proc/[0-9]*/maps || rm -f "$file"
+    done
+}
+tidy_up() {
     mkdir -p "$LOGS/ray-$node"
     cp -r "$RAY_TEMP"/session_latest/logs/. "$LOGS/ray-$node/" 2>/dev/null || true
+    remove_shared_memory
     rm -rf "$RAY_TEMP"
 }
-trap save_logs EXIT
+trap tidy_up EXIT
 
 ulimit -n "$(ulimit -H -n)" || true  # Ray and verl open many sockets
 "$RAY" start "${FLAGS[@]}" &

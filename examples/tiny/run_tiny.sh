@@ -4,6 +4,11 @@
 #   ALGO=grpo examples/tiny/run_tiny.sh
 #   ALGO=vimpo examples/tiny/run_tiny.sh algorithm.lam=0.95 +algorithm.vimpo.beta=1e-3
 #
+#   RUN=examples/tiny/run_tiny.sh GPUS=1 sbatch --nodes=2 --gpus-per-node=0 --cpus-per-task=16 examples/slurm/train.sbatch
+#
+# The last is a run on the nodes of a Slurm job, also without a GPU (docs/slurm.md). Where RAY_ADDRESS and NNODES are both set, as
+# train.sbatch does, the run joins that Ray cluster, and resumes what an earlier start left in $OUT. Otherwise it has its own Ray.
+#
 # Everything after the script's name goes to verl as Hydra overrides, after the settings below, so it wins.
 # Metrics of each step: $OUT/metrics.jsonl; verl's own output: $OUT/log.txt.
 
@@ -18,7 +23,8 @@ PROMPTS=${PROMPTS:-32}              # prompts a step, one mini-batch: strictly o
 RESPONSES=${RESPONSES:-8}           # responses a prompt
 MICRO_BATCH=${MICRO_BATCH:-}        # sequences a rank takes at a time; empty: 64, or its share of the batch if less
 STRATEGY=${STRATEGY:-fsdp2}         # fsdp2 or fsdp
-RANKS=${RANKS:-1}                   # data-parallel ranks (and vLLM replicas)
+RANKS=${RANKS:-}                    # data-parallel ranks (and vLLM replicas) a node; empty: 1, or GPUS of a Slurm job
+SAVE_FREQ=${SAVE_FREQ:-}            # steps between checkpoints; empty: -1 (none), or 10 where the run joins a cluster
 DEVICE=${DEVICE:-}                  # cpu or cuda; empty: what .venv was made for (cuda has not been run yet)
 TIMEOUT=${TIMEOUT:-1800}            # seconds, start-up included
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -32,7 +38,7 @@ case $ALGO in
     vimpo | grpo) ;;
     *) echo "run_tiny.sh: ALGO must be vimpo or grpo, not '$ALGO'" >&2; exit 2 ;;
 esac
-if [[ ! -x $PYTHON ]]; then
+if ! command -v "$PYTHON" >/dev/null; then
     echo "run_tiny.sh: no $PYTHON; run examples/setup_env.sh, or set PYTHON" >&2
     exit 2
 fi
@@ -43,19 +49,38 @@ if [[ -z $DEVICE ]]; then
 fi
 
 # ------------------------------------------------------------------ environment
-export TORCHDYNAMO_DISABLE=1                             # nothing here is worth compiling
-export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1
-export VLLM_HOST_IP=127.0.0.1 GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
-export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0               # despite the name: Ray stays on the loopback address
-unset RAY_ADDRESS                                        # a cluster of our own, whatever else runs here
+ENVIRONMENT=(
+    TORCHDYNAMO_DISABLE=1                                # nothing here is worth compiling
+    TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1
+)
+if [[ $DEVICE == cpu ]]; then
+    ENVIRONMENT+=(VERL_PLATFORM=cpu)                     # verl_patches/cpu
+    ENVIRONMENT+=(VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" VLLM_CPU_OMP_THREADS_BIND=nobind)
+fi
+if [[ -n ${RAY_ADDRESS:-} && -n ${NNODES:-} ]]; then
+    CLUSTER=joined
+    RANKS=${RANKS:-${GPUS:-1}} SAVE_FREQ=${SAVE_FREQ:-10}
+else
+    CLUSTER=own
+    NNODES=1 RANKS=${RANKS:-1} SAVE_FREQ=${SAVE_FREQ:--1}
+    unset RAY_ADDRESS                                    # whatever else runs here
+    ENVIRONMENT+=(VLLM_HOST_IP=127.0.0.1 GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}")
+    ENVIRONMENT+=(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0)   # despite the name: Ray stays on the loopback address
+fi
 
-share=$((PROMPTS * RESPONSES / RANKS))
+share=$((PROMPTS * RESPONSES / (NNODES * RANKS)))
 MICRO_BATCH=${MICRO_BATCH:-$((share < 64 ? share : 64))}
 
-mkdir -p "$OUT"
+mkdir -p "$OUT" "$WORK"
 OUT=$(cd "$OUT" && pwd)
-export VERL_FILE_LOGGER_PATH=$OUT/metrics.jsonl
-rm -f "$VERL_FILE_LOGGER_PATH"
+ENVIRONMENT+=(VERL_FILE_LOGGER_PATH="$OUT/metrics.jsonl")
+export "${ENVIRONMENT[@]}"
+if [[ $CLUSTER == joined && -s $OUT/metrics.jsonl ]]; then  # verl empties it; a resumed run keeps those of earlier starts
+    attempt=1
+    while [[ -e $OUT/metrics.$attempt.jsonl ]]; do attempt=$((attempt + 1)); done
+    mv "$OUT/metrics.jsonl" "$OUT/metrics.$attempt.jsonl"
+fi
+rm -f "$OUT/metrics.jsonl"
 # Short, because Ray puts Unix sockets there, whose paths are limited; vLLM and torch leave their files there, too.
 TMPDIR=$(mktemp -d /tmp/vimpo.XXXXXX)
 export TMPDIR
@@ -130,7 +155,7 @@ ALGORITHM=(
 )
 TRAINER=(
     trainer.device="$DEVICE"
-    trainer.nnodes=1
+    trainer.nnodes="$NNODES"
     trainer.n_gpus_per_node="$RANKS"
     trainer.v1.trainer_mode=sync
     trainer.v1.sampler.custom_sampler.path="$HERE/sampler.py"
@@ -139,32 +164,40 @@ TRAINER=(
     trainer.total_epochs=1000
     trainer.val_before_train=True
     trainer.test_freq="$STEPS"
-    trainer.save_freq=-1
-    trainer.resume_mode=disable
+    trainer.save_freq="$SAVE_FREQ"
+    trainer.resume_mode="$([[ $CLUSTER == joined ]] && echo auto || echo disable)"
     trainer.project_name=tiny
     trainer.experiment_name=tiny
     trainer.default_local_dir="$OUT/checkpoints"
     trainer.logger='[console,file]'
 )
 RUNTIME=(
-    +ray_kwargs.ray_init.address=local
-    +ray_kwargs.ray_init._temp_dir="$TMPDIR"
-    +ray_kwargs.ray_init.include_dashboard=False
-    +ray_kwargs.ray_init.object_store_memory=500000000
-    ray_kwargs.ray_init.num_cpus=16                      # logical: every actor asks for one
     transfer_queue.backend.SimpleStorage.num_data_storage_units=1
     transfer_queue.backend.SimpleStorage.total_storage_size=2000
     hydra.run.dir="$OUT/hydra"
 )
+if [[ $CLUSTER == joined ]]; then
+    for variable in "${ENVIRONMENT[@]}"; do              # Ray's processes are there already, with the environment of their start
+        RUNTIME+=("+ray_kwargs.ray_init.runtime_env.env_vars.${variable%%=*}='${variable#*=}'")
+    done
+else
+    RUNTIME+=(
+        +ray_kwargs.ray_init.address=local
+        +ray_kwargs.ray_init._temp_dir="$TMPDIR"
+        +ray_kwargs.ray_init.include_dashboard=False
+        +ray_kwargs.ray_init.object_store_memory=500000000
+        ray_kwargs.ray_init.num_cpus=16                  # logical: every actor asks for one
+    )
+    if [[ $DEVICE == cpu ]]; then
+        RUNTIME+=(+ray_kwargs.ray_init.num_gpus="$RANKS")  # logical: verl's resource pools ask for GPUs
+    fi
+fi
 case $DEVICE in
     cpu)
-        export VERL_PLATFORM=cpu                         # verl_patches/cpu
-        export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} VLLM_CPU_OMP_THREADS_BIND=nobind
         ON_DEVICE=(
             actor_rollout_ref.rollout.dtype=float32
             actor_rollout_ref.rollout.free_cache_engine=False
             +actor_rollout_ref.rollout.enable_sleep_mode=False
-            +ray_kwargs.ray_init.num_gpus="$RANKS"       # logical: verl's resource pools ask for GPUs
         )
         ;;
     cuda)

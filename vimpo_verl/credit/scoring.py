@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from vimpo_verl import functional as F
+from vimpo_verl.baselines import OF_A_BATCH
 from vimpo_verl.batch import outcome_auc, outcome_correlation
 from vimpo_verl.config import VimpoConfig
 from vimpo_verl.credit.answers import Answer
 from vimpo_verl.credit.tokens import Encoded
 from vimpo_verl.token_statistics import TokenStatistics, token_statistics
-
-_BASELINES = {"group_mean": F.group_baseline, "leave_one_out": F.leave_one_out_baseline}
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def credit_of(
 def baselines(rewards: Sequence[float], groups: Sequence[Hashable], config: VimpoConfig) -> list[float]:
     """V0 of each answer, over all answers of the file, also those that are not shown."""
     outcome = torch.tensor(rewards, dtype=torch.float64)
-    return _BASELINES[config.baseline](outcome, groups, cap=config.baseline_cap).tolist()
+    return OF_A_BATCH[config.baseline](outcome, groups, cap=config.baseline_cap).tolist()
 
 
 def overall(groups: Sequence[Sequence[Credit]], masks: Sequence[Sequence[Sequence[int]]]) -> dict[str, float | None]:

@@ -1,0 +1,47 @@
+"""What defines a run: a frozen setting, with a name made of what differs from the centre."""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run. The defaults are the study's centre; grids.py varies them one axis at a time.
+
+    Attributes:
+        arm: a name of arms.ARMS.
+        lr: learning rate.
+        coeff: what ties the arm to the reference: GRPO's kl_loss_coef; for VIMPO and for the KL in the reward beta * T.
+        alpha: the push of VIMPO's actor loss (actor_alpha); 0 trains with the value loss alone.
+        trust: what multiplies c_A: "none", or "batch" for max(0, correlation).
+        kappa: the policy that kappa belongs to, "current" or "old".
+        task, tokens, decisions: the task and its size; decisions is needles' K.
+        batches, updates, staleness: batches sampled, optimiser steps on each, and how many batches old they are.
+        prompts, responses: of a batch.
+        flip_prob, flip_kind: share of flipped rewards, of whole "group"s or of single "response"s.
+        seed: of the initial weights, prompts, flips and sampling. Prompts and flips are the same for every arm.
+    """
+
+    arm: str
+    lr: float = 1e-3
+    coeff: float = 0.0
+    alpha: float = 0.0
+    trust: str = "batch"
+    kappa: str = "current"
+    task: str = "running_sums"
+    tokens: int = 10
+    decisions: int = 4
+    batches: int = 80
+    updates: int = 1
+    staleness: int = 0
+    prompts: int = 32
+    responses: int = 8
+    flip_prob: float = 0.0
+    flip_kind: str = "group"
+    seed: int = 1
+
+    @property
+    def name(self) -> str:
+        """The same for the same setting, on any machine."""
+        differing = [f for f in fields(self) if f.name != "arm" and getattr(self, f.name) != f.default]
+        return "-".join([self.arm, *(f"{f.name}={getattr(self, f.name):g}" if isinstance(getattr(self, f.name), float)
+                                     else f"{f.name}={getattr(self, f.name)}" for f in differing)])  # fmt: skip

@@ -1,0 +1,197 @@
+"""The learning study: its loop is that of examples/one_file.py, its exact advantages are exact, its grids fair."""
+
+import copy
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import one_file
+import pytest
+import torch
+
+from benchmarks.learning import analysis, grids
+from benchmarks.learning.arms import ARMS
+from benchmarks.learning.run import run, sample_from_past
+from benchmarks.learning.settings import Setting
+from benchmarks.learning.tasks import Needles, RunningSums
+
+ROOT = Path(__file__).parents[1]
+
+
+def rollout_of(task, policy, sequences):
+    """A rollout whose responses are given, one a prompt."""
+    prompts, responses = sequences[:, : task.prompt_tokens], sequences[:, task.prompt_tokens :]
+    outcome, mask = task.judge(prompts, responses)
+    log_prob, logits = policy.score(sequences, task.response_tokens)
+    return one_file.Rollout(
+        sequences,
+        mask,
+        outcome,
+        outcome,
+        list(range(len(outcome))),
+        log_prob.detach(),
+        log_prob.detach(),
+        logits.detach(),
+    )
+
+
+def every_response(task, vocabulary: int) -> torch.Tensor:
+    return torch.tensor(list(itertools.product(range(vocabulary), repeat=task.response_tokens)))
+
+
+@pytest.mark.parametrize("task", [RunningSums(2), Needles(tokens=4, decisions=2)], ids=["running_sums", "needles"])
+def test_exact_advantages_are_those_of_the_enumerated_tree(task):
+    """V(s) by enumerating every response: A_t = V(s_{t+1}) - V(s_t), with V(s_{T+1}) = R."""
+    torch.manual_seed(0)
+    policy = task.make_policy().double()
+    prompt = task.prompts(1, torch.Generator().manual_seed(1))
+    responses = every_response(task, task.vocabulary)
+    sequences = torch.cat([prompt.expand(len(responses), -1), responses], 1)
+    rollout = rollout_of(task, policy, sequences)
+    log_prob = rollout.old_log_prob
+    values = []  # V(s_t) of every response's prefix, t = 1..T+1
+    for t in range(task.response_tokens + 1):
+        same_prefix = (responses[:, None, :t] == responses[None, :, :t]).all(-1).double()
+        rest = log_prob[:, t:].sum(1).exp() * rollout.truth
+        values.append(same_prefix @ rest)
+    expected = torch.stack([after - before for before, after in zip(values, values[1:], strict=False)], 1)
+    torch.testing.assert_close(task.advantages(policy, rollout).double(), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("task", [RunningSums(3), Needles(tokens=6, decisions=3)], ids=["running_sums", "needles"])
+def test_accuracy_is_the_expected_reward(task):
+    torch.manual_seed(0)
+    policy = task.make_policy()
+    prompts = task.prompts(1, torch.Generator().manual_seed(1)).expand(40_000, -1)
+    sequences, _ = policy.sample(prompts, task.response_tokens)
+    sampled = task.judge(prompts, sequences[:, task.prompt_tokens :])[0]
+    exact = task.accuracy(policy, prompts[:1])
+    assert abs(sampled.mean().item() - exact) < 5 * (exact * (1 - exact) / len(prompts)) ** 0.5
+
+
+@pytest.mark.parametrize("task", [RunningSums(4), Needles(tokens=6, decisions=3)], ids=["running_sums", "needles"])
+def test_sampling_and_scoring_agree(task):
+    torch.manual_seed(0)
+    policy = task.make_policy()
+    sequences, log_prob = policy.sample(task.prompts(5, torch.Generator().manual_seed(1)), task.response_tokens)
+    torch.testing.assert_close(log_prob, policy.score(sequences, task.response_tokens)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_on_policy_value_loss_is_reinforce_with_the_kl_in_the_reward():
+    """Gradient of L_V: -beta * mean_i (R - V0 - S_i) sum_t grad log pi. The rival's, without kappa and clipping idle."""
+    torch.manual_seed(0)
+    task = RunningSums(3)
+    policy = task.make_policy()
+    reference = copy.deepcopy(policy)
+    with torch.no_grad():
+        policy.head.weight.mul_(1.5)
+    rollout = one_file.collect(policy, reference, task, torch.Generator().manual_seed(1), prompts=4, responses=4)
+    rollout.ref_logits = policy.score(rollout.sequences, 3)[1].detach()  # kappa = 0
+    beta = 0.2
+    log_prob, logits = policy.score(rollout.sequences, 3)
+    one_file.vimpo_loss(rollout, log_prob, logits, beta=beta).backward()
+    gradient = [parameter.grad.clone() for parameter in policy.parameters()]
+    policy.zero_grad()
+    log_prob, logits = policy.score(rollout.sequences, 3)
+    shaped = rollout.outcome - beta * (rollout.old_log_prob - rollout.ref_log_prob).sum(1)
+    baseline = torch.tensor(rollout.outcome.view(4, 4).mean(1).repeat_interleave(4))
+    (-beta * ((shaped - baseline) * log_prob.sum(1)).mean()).backward()
+    for parameter, expected in zip(policy.parameters(), gradient, strict=True):
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_trains_and_repeats_itself(arm):
+    setting = Setting(arm, coeff=0.5, tokens=3, batches=2, updates=2, prompts=4, responses=4, flip_prob=0.5)
+    first, again = run(setting), run(setting)
+    assert first["rewards"] == again["rewards"] and first["accuracy"] == again["accuracy"]
+    assert 0 < first["accuracy"] < 1 and len(first["rewards"]) == 2
+
+
+def test_flips_of_groups_and_of_responses():
+    """The same seed flips the same for every arm, and the curve stays that of the true rewards."""
+    seen = {}
+    for kind in ("group", "response"):
+        for arm in ("grpo", "vimpo"):
+            flips = []
+            ARMS["spy"] = lambda rollout, *args, flips=flips, arm=arm, **more: (
+                flips.append((rollout.outcome != rollout.truth).view(-1, 4)), ARMS[arm](rollout, *args, **more)
+            )[1]  # fmt: skip
+            try:
+                run(
+                    Setting(
+                        "spy", coeff=0.5, tokens=3, batches=3, prompts=64, responses=4, flip_prob=0.3, flip_kind=kind
+                    )
+                )
+            finally:
+                del ARMS["spy"]
+            seen[kind, arm] = torch.stack(flips)
+    for kind in ("group", "response"):
+        assert torch.equal(seen[kind, "grpo"], seen[kind, "vimpo"])
+        assert abs(seen[kind, "grpo"].float().mean() - 0.3) < 0.12
+    whole = seen["group", "grpo"].float().mean(-1)
+    assert ((whole == 0) | (whole == 1)).all()
+    mixed = seen["response", "grpo"].float().mean(-1)
+    assert ((mixed > 0) & (mixed < 1)).any()
+
+
+def test_stale_answers_come_from_old_weights():
+    torch.manual_seed(0)
+    policy = RunningSums(3).make_policy()
+    prompts = RunningSums(3).prompts(4, torch.Generator().manual_seed(1))
+    sample_from_past(policy, 2)
+    expected = []
+    for step in range(5):
+        with torch.no_grad():
+            policy.head.weight.fill_(0.01 * step)
+            expected.append(policy.state_dict()["head.weight"].clone())
+            sequences, log_prob = policy.sample(prompts, 3)
+        old = copy.deepcopy(policy)
+        old.head.weight.data = expected[max(0, step - 2)]
+        torch.testing.assert_close(log_prob, old.score(sequences, 3)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_every_arm_has_as_many_trials_and_seeds_are_kept_apart():
+    assert len({len(trials) for trials in grids.TRIALS.values()}) == 1
+    assert not set(grids.TUNING_SEEDS) & set(grids.REPORTED_SEEDS)
+
+
+@pytest.mark.parametrize("grid", grids.GRIDS)
+def test_names_are_those_of_their_settings(grid):
+    settings = grids.GRIDS[grid]()
+    assert len({setting.name for setting in settings}) == len(set(settings))
+
+
+@pytest.mark.parametrize("path", sorted(analysis.RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_results_name_their_settings(path):
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        assert Setting(**row["setting"]).name == row["name"]
+        assert len(row["rewards"]) == row["setting"]["batches"]
+
+
+def test_one_file_is_short_and_runs():
+    path = ROOT / "examples" / "one_file.py"
+    assert len(path.read_text().splitlines()) < 200
+    code = (
+        "from one_file import *; policy = Transformer(vocabulary=11, positions=7)\n"
+        "print(train(policy, RunningSums(3), vimpo_loss, batches=2, lr=1e-3, seed=1))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=path.parent, capture_output=True, text=True, check=True)
+    assert len(json.loads(done.stdout)) == 2
+
+
+def test_paired_difference_and_the_best_trial():
+    grid = {
+        Setting("grpo", lr=lr, seed=seed): {"accuracy": lr * 1000 + 0.01 * seed, "rewards": [0.5]}
+        for lr in (1e-4, 2e-4)
+        for seed in (101, 102)
+    }
+    trials = [Setting("grpo", lr=lr, seed=0) for lr in (1e-4, 2e-4)]
+    assert analysis.best_trial(trials, grid).lr == 2e-4
+    found = analysis.by_trial(grid)
+    assert analysis.paired_difference(found[trials[0]], found[trials[1]]) == pytest.approx((0.1, 0.1, 0.1))
+    with pytest.raises(ValueError, match="have not been run: rloo"):
+        analysis.best_trial([Setting("rloo", seed=0)], grid)
