@@ -260,6 +260,7 @@ class training_data:
             seed=42,
             dataloader_kwargs={"shuffle": False},
             vimpo_actor_coeff=self.batch.actor_coeff,
+            vimpo_beta=self.batch.beta.value,
         )
         for name, source in {
             "old_log_probs": "log_probs",

@@ -139,6 +139,7 @@ def make_trainer(config, monkeypatch, stock=None):
     import verl.workers.engine_workers as engine_workers
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
+    from verl_patches.run_beta import RunBeta
     from verl_patches.switch import knobs_of
     from verl_patches.trainer import trainer_class
     from verl_patches.worker import VimpoActorRolloutRefWorker
@@ -152,7 +153,7 @@ def make_trainer(config, monkeypatch, stock=None):
     trainer_type = trainer_class(stock or TRAINER_REGISTRY[config.trainer.v1.trainer_mode], config)
     trainer = object.__new__(trainer_type)  # its __init__ makes a replay buffer
     trainer.config, trainer.knobs, trainer.global_steps = config, knobs_of(config)[0], 1
-    trainer.rollout_n, trainer.scale_said = {}, False
+    trainer.rollout_n, trainer.scale_said, trainer.run_beta = {}, False, RunBeta(trainer.knobs)
     trainer.actor_rollout_wg = InProcessGroup(worker, queue)
     return trainer, queue
 

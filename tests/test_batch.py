@@ -84,7 +84,16 @@ def loop_metrics(inputs, expected):
         "vimpo/value_explained_variance": 1
         - _variance([residuals[i] for i in judged]) / _variance([expected["targets"][i] for i in judged]),
         "vimpo/outcome_auc": won / len(pairs),
+        "vimpo/beta_fit": _fit(inputs, expected),
     }, tokens / 8  # fmt: skip
+
+
+def _fit(inputs, expected):
+    """sum_i G_i target_i / sum_i G_i^2 with G_i = sum_t log-ratio - KL, from the inputs."""
+    mask = inputs["response_mask"].double()
+    per_token = (inputs["old_log_prob"] - inputs["ref_log_prob"] - inputs["token_kl"]) * mask
+    nats = per_token.sum(-1).tolist()
+    return _dot(nats, expected["targets"]) / _dot(nats, nats)
 
 
 def _mean(values):
@@ -126,7 +135,8 @@ def test_metrics(config):
     inputs = make_inputs()
     batch = compute(inputs, config)
     expected, _ = loop_metrics(inputs, loops(inputs, config))
-    assert set(batch.metrics) == set(expected) | {"vimpo/actor_coeff"}
+    assert set(batch.metrics) == set(expected) | {"vimpo/actor_coeff", "vimpo/beta"}
+    assert batch.metrics["vimpo/beta"] == batch.beta.value == config.beta
     for name, value in expected.items():
         assert batch.metrics[name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
 

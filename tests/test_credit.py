@@ -22,6 +22,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from vimpo_verl import beta as betas
 from vimpo_verl import checkpoint
 from vimpo_verl.__main__ import main
 from vimpo_verl.config import VimpoConfig
@@ -33,6 +34,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+BETA = 5e-4
 NASTY = ["</script><script>alert(1)</script>", "<!-- <script>", "a\n\n b\t", f"x{END}", "你好 é \u2028 & \U0001f600"]
 
 
@@ -80,14 +82,15 @@ def lines(path, rows):
 def credit(folder, answers, out, *more):
     """The JSON that the command writes."""
     arguments = ["credit", str(folder / "policy"), "--answers", str(answers), "--out", str(out), *map(str, more)]
-    if "--reference" not in arguments:
-        arguments += ["--reference", str(folder / "ref")]
+    for name, value in (("--reference", folder / "ref"), ("--beta", BETA)):
+        if name not in arguments:
+            arguments += [name, str(value)]
     assert main(arguments) == 0
     return json.loads((out / "credit.json").read_text())
 
 
 def refusal(capsys, *arguments):
-    assert main(["credit", *map(str, arguments)]) == 2
+    assert main(["credit", "--beta", str(BETA), *map(str, arguments)]) == 2
     return capsys.readouterr().err
 
 
@@ -142,9 +145,9 @@ def test_numbers_are_the_formula(folder, tokenizer, tmp_path):
         assert answer["residual"] == pytest.approx(sum(expected["td"]) - (row["score"] - 1 / 3))
 
 
-def test_defaults_are_the_configurations(folder, tmp_path):
-    data = credit(folder, lines(tmp_path / "a.jsonl", ROWS), tmp_path)
-    assert data["settings"]["beta"] == VimpoConfig().beta and data["settings"]["lam"] == 1.0
+def test_defaults(folder, tmp_path):
+    settings = credit(folder, lines(tmp_path / "a.jsonl", ROWS), tmp_path)["settings"]
+    assert (settings["lam"], settings["temperature"], settings["baseline"]) == (1.0, 1.0, VimpoConfig().baseline)
 
 
 def test_numbers_do_not_depend_on_the_other_answers(folder, tmp_path):
@@ -336,6 +339,44 @@ def test_a_runs_folder_is_enough(folder, tmp_path):
     right, wrong = data["prompts"][0]["answers"]
     assert (right["baseline"], wrong["baseline"]) == (0.0, 1.0), "leave one out"
     assert len(right["tokens"]["id"]) == 2 and len(wrong["tokens"]["id"]) == 3, "an answer of full length was cut off"
+
+
+SOURCES = {
+    "the checkpoint's vimpo_state.json": (
+        0.125,
+        0.125,
+    ),  # what the run came to use, whatever its last configuration says
+    "the run's configuration": (None, 0.02),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_beta_is_the_one_of_the_run(folder, tmp_path, capsys, source):
+    in_the_checkpoint, expected = SOURCES[source]
+    run = make_run(folder, tmp_path / "run")
+    if in_the_checkpoint:
+        betas.save(betas.Beta(in_the_checkpoint), run / "checkpoints/global_step_5")
+    assert main(["credit", str(run), "--out", str(tmp_path / "out")]) == 0
+    data = json.loads((tmp_path / "out/credit.json").read_text())
+    assert data["settings"]["beta"] == expected
+    assert f"Note: beta={expected}, from {source}" in capsys.readouterr().out
+    tokens = data["prompts"][0]["answers"][0]["tokens"]
+    columns = zip(tokens["log_prob"], tokens["ref_log_prob"], tokens["kl"], strict=True)
+    assert tokens["td"] == pytest.approx([expected * (p - q - kl) for p, q, kl in columns])
+
+
+def test_a_beta_that_nobody_knows_is_asked_for(folder, tmp_path, capsys):
+    """A run with beta=auto whose checkpoint has no number: an earlier version's, or a Hugging Face folder."""
+    run = make_run(folder, tmp_path / "run", algorithm={"vimpo": {"beta": "auto"}})
+    for policy in ([run], [folder / "policy", "--reference", folder / "ref"]):
+        answers = lines(tmp_path / "a.jsonl", ROWS)
+        assert main(["credit", *map(str, policy), "--answers", str(answers), "--out", str(tmp_path)]) == 2
+        assert "  - beta: not known: there is no vimpo_state.json" in capsys.readouterr().err
+    given = ["--beta", "0.3", "--out", str(tmp_path / "out")]
+    assert main(["credit", str(run), *given]) == 0 and "Note: beta=0.3, as given" in capsys.readouterr().out
+    (run / "checkpoints/global_step_5/vimpo_state.json").write_text("{")
+    assert main(["credit", str(run), *given]) == 2
+    assert "global_step_5/vimpo_state.json: the run's beta cannot be read" in capsys.readouterr().err
 
 
 def test_a_reference_from_the_hub_is_found_in_the_cache(folder, tmp_path, monkeypatch):

@@ -39,6 +39,7 @@ VIMPO_METRICS = {
     "vimpo/advantage_std",
     "vimpo/outcome_correlation",
     "vimpo/value_explained_variance",
+    "vimpo/beta",
 }
 
 
@@ -117,8 +118,17 @@ def test_the_trainer_says_that_vimpo_is_in_force(vimpo_run):
     assert run.log.count("VIMPO in force on verl") == 1
 
 
+def test_beta_is_that_of_the_first_batch_at_every_step(vimpo_run):
+    _, run = vimpo_run
+    (beta,) = {step["vimpo/beta"] for step in run.steps.values()}
+    lengths = [step["response_length/mean"] for _, step in sorted(run.steps.items())]
+    assert beta == pytest.approx(0.5 / lengths[0], rel=1e-6) and len(set(lengths)) > 1
+    assert run.log.count("step 1: algorithm.vimpo.beta=auto is beta=") == 1
+
+
 def test_resume_goes_on_from_the_checkpoint(vimpo_run):
-    """As the uninterrupted run did from there: the reference is again the model that the run started from."""
+    """As the uninterrupted run did from there: the reference is again the model that the run started from, and beta the
+    number of its first batch."""
     folder, uninterrupted = vimpo_run
     checkpoint = f"trainer.resume_from_path={folder}/checkpoints/global_step_3"
     resumed = run_tiny(folder, "vimpo", VIMPO_STEPS, "trainer.resume_mode=resume_path", checkpoint, **REPRODUCIBLE)
@@ -126,6 +136,7 @@ def test_resume_goes_on_from_the_checkpoint(vimpo_run):
     for step in (4, 5):
         expected = _results(uninterrupted.steps[step])
         assert expected.keys() >= VIMPO_METRICS and _results(resumed.steps[step]) == expected
+    assert "beta=auto is beta=" not in resumed.log and f"as in the checkpoint {checkpoint.split('=')[1]}" in resumed.log
 
 
 def test_two_data_parallel_ranks(tmp_path):

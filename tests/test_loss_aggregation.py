@@ -24,7 +24,7 @@ from vimpo_verl.registrations import ActorBranch, actor_branch, vimpo_actor_loss
 
 KNOWN = {"token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"}
 LENGTH, SEQUENCES, MINI_BATCHES, MICRO_BATCH = 1_000, 64, 2, 8
-KNOBS = VimpoConfig(actor_trust=False)
+KNOBS = VimpoConfig(beta=5e-4, actor_trust=False)
 AGG_MODE, SCALE = "actor_rollout_ref.actor.loss_agg_mode", "actor_rollout_ref.actor.loss_scale_factor"
 
 
@@ -205,5 +205,7 @@ def test_a_horizon_that_depends_on_the_micro_batch_is_refused():
 
 def test_extra_terms_are_weighed_in_the_recipes_mode(caplog):
     """In token-sum GRPO pushes a token 32,768 times as much, VIMPO's value loss as before."""
-    text = warned(caplog, f"{AGG_MODE}=token-sum", "actor_rollout_ref.actor.entropy_coeff=0.01")
+    recipe = (f"{AGG_MODE}=token-sum", "actor_rollout_ref.actor.entropy_coeff=0.01")
+    text = warned(caplog, *recipe, "+algorithm.vimpo.beta=5e-4")
     assert f"{0.01 * 256 * 128 / (5e-4 * 256 * 0.5):.2g} would with GRPO" in text
+    assert f"{0.01 * 256 * 128 / (0.5 * 0.5):.2g} would with GRPO" in warned(caplog, *recipe), "beta * T is beta_scale"

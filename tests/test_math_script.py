@@ -90,7 +90,8 @@ def flat(config) -> dict[str, object]:
 def test_algorithms_differ_in_algorithm_keys_only(python_stub, preset, noise):
     vimpo, grpo = (flat(config_of(python_stub, ALGO=algo, PRESET=preset, REWARD_NOISE=noise)) for algo in ALGORITHMS)
     different = {key for key in vimpo.keys() | grpo.keys() if vimpo.get(key) != grpo.get(key)}
-    assert different == {"algorithm.adv_estimator", "algorithm.vimpo.actor_coeff", "algorithm.vimpo.actor_trust"}
+    knobs = {f"algorithm.vimpo.{knob}" for knob in ("beta", "actor_coeff", "actor_trust")}
+    assert different == {"algorithm.adv_estimator"} | knobs
     assert (
         vimpo.get("algorithm.reward_noise.flip_prob", 0)
         == grpo.get("algorithm.reward_noise.flip_prob", 0)

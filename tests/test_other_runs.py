@@ -181,7 +181,7 @@ def test_vimpo_is_put_in_front_of_a_derived_trainer(stock, no_initialisation, ca
     assert type(trainer).__mro__[1:5] == (WatchedTrainer, CheckpointedTrainer, VimpoTrainer, called)
     (line,) = capsys.readouterr().out.splitlines()
     assert "VIMPO in force on verl" in line and type(trainer).__name__ in line
-    assert "beta=0.0005" in line and "lam=1.0" in line
+    assert "beta='auto'" in line and "lam=1.0" in line
 
 
 @pytest.mark.parametrize("stock", MODES, indirect=True)

@@ -18,6 +18,7 @@ from in_process import make_config, make_trainer, run_trainer_step
 METRICS = {
     "vimpo/kl", "vimpo/value_loss", "vimpo/actor_loss", "vimpo/actor_coeff", "vimpo/residual_rms", "vimpo/target_rms",
     "vimpo/advantage_std", "vimpo/outcome_correlation", "vimpo/value_explained_variance", "vimpo/outcome_auc",
+    "vimpo/beta",
 }  # fmt: skip
 
 
@@ -129,12 +130,12 @@ def test_a_batch_that_is_not_from_vimpos_trainer_is_refused(trainer_and_queue):
     trainer, queue = trainer_and_queue
     run_trainer_step(trainer, queue, make_samples())
     group, stored = trainer.actor_rollout_wg, queue.rows
-    for missing in ("vimpo_is_real", "token_kl"):
+    from_the_trainer = {"vimpo_actor_coeff": 0.0, "vimpo_beta": 0.1}
+    for missing in ("vimpo_is_real", "token_kl", *from_the_trainer):
         batch = queue.start(make_samples())
         queue.rows = {key: {n: v for n, v in row.items() if n != missing} for key, row in stored.items()}
-        batch.extra_info.update(
-            mini_batch_size=8, global_batch_size=8, temperature=1.0, vimpo_actor_coeff=0.0, calculate_entropy=False
-        )
+        batch.extra_info.update(mini_batch_size=8, global_batch_size=8, temperature=1.0, calculate_entropy=False)
+        batch.extra_info.update({name: value for name, value in from_the_trainer.items() if name != missing})
         with pytest.raises(RuntimeError, match=missing):
             group.update_actor(batch)
 

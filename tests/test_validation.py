@@ -328,9 +328,20 @@ def test_a_plain_recipe_gives_no_warning(caplog):
 
 def test_the_warning_works_out_the_weight(caplog):
     """kl_loss_coef beside beta * T * |residual| = 5e-4 * 256 * 0.5 = 0.064: 0.001 weighs as 0.016."""
+    recipe = ("actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_loss_coef=0.001")
     with caplog.at_level(logging.WARNING, logger="vimpo_verl"):
-        validate(vimpo("actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_loss_coef=0.001"))
-    assert "0.064" in caplog.text and "0.016" in caplog.text
+        validate(vimpo(*recipe, "+algorithm.vimpo.beta=5e-4"))
+    assert "at T = 256 tokens and |residual| = 0.5 that is 0.064" in caplog.text and "0.016" in caplog.text
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.8])
+def test_the_warning_works_out_the_weight_beside_beta_auto(caplog, scale):
+    """beta * T is beta_scale at any length: 0.001 weighs as 0.001 / (beta_scale * 0.5)."""
+    recipe = ("actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_loss_coef=0.001")
+    with caplog.at_level(logging.WARNING, logger="vimpo_verl"):
+        validate(vimpo(*recipe, f"+algorithm.vimpo.beta_scale={scale}"))
+    assert f"at beta*T = {scale} (beta_scale) and |residual| = 0.5 that is {scale * 0.5:.2g} of it" in caplog.text
+    assert f"weighs as {0.001 / (scale * 0.5):.2g} would" in caplog.text
 
 
 def test_an_untested_verl_is_named(caplog, monkeypatch):

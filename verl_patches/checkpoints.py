@@ -30,13 +30,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from vimpo_verl.beta import STATE
 from vimpo_verl.checkpoint import remove_derived
 
 RECORD = "vimpo_checkpoint.json"  # {"files": {relative path: bytes}}
 MARK = "vimpo_checkpoint.unfinished"
 TRACKER = "latest_checkpointed_iteration.txt"
-# What PPOTrainer._load_checkpoint and FSDPCheckpointManager.load_checkpoint read, LoRA included.
-NEEDED = re.compile(r"actor/(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt|data\.pt|transfer_queue/.+")
+# What PPOTrainer._load_checkpoint and FSDPCheckpointManager.load_checkpoint read, LoRA included, and VIMPO's own file.
+NEEDED = re.compile(
+    rf"actor/(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt|data\.pt|transfer_queue/.+|{re.escape(STATE)}"
+)
 # How file systems say that they do not synchronise folders; any other error, such as EIO, is one.
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 

@@ -45,7 +45,7 @@ def warnings(config: Any, knobs: VimpoConfig) -> list[str]:
         )
     found += _taken_over(config)
     found += _fixed_coefficient(config, knobs)
-    found += _extra_terms(config, knobs.beta)
+    found += _extra_terms(config, knobs)
     return found
 
 
@@ -284,15 +284,19 @@ def _fixed_coefficient(config: Any, knobs: VimpoConfig) -> Iterator[str]:
         )
 
 
-def _extra_terms(config: Any, beta: float) -> Iterator[str]:
+def _extra_terms(config: Any, knobs: VimpoConfig) -> Iterator[str]:
     """Terms that verl adds to the loss weigh more beside L_V than beside GRPO's loss (docs/method.md, "Scale")."""
     actor = config.actor_rollout_ref.actor
     length = config.data.max_response_length
     grpo = full_length_weight(config)
-    share = beta * length * 0.5 / grpo
+    if knobs.beta == "auto":  # for rewards of 0 and 1
+        beta_length, at = knobs.beta_scale, f"beta*T = {knobs.beta_scale:g} (beta_scale)"
+    else:
+        beta_length, at = knobs.beta * length, f"T = {length} tokens"
+    share = beta_length * 0.5 / grpo
     scale = (
-        f"VIMPO's loss pushes a token with about beta*T*|residual| where GRPO's pushes with {grpo:.3g}: at T = {length} "
-        f"tokens and |residual| = 0.5 that is {share:.2g} of it, so"
+        f"VIMPO's loss pushes a token with about beta*T*|residual| where GRPO's pushes with {grpo:.3g}: at {at} "
+        f"and |residual| = 0.5 that is {share:.2g} of it, so"
     )
     if actor.use_kl_loss:
         yield (

@@ -1,8 +1,9 @@
 """Seam: VIMPO's part of a trainer, put in front of whatever class of verl's v1 trainers a run makes its trainer of.
 
 Touches verl.trainer.ppo.v1.trainer_base.PPOTrainer.__new__ and, by subclassing, PPOTrainer's methods
-_init_resource_pool_mgr, _balance_batch, _compute_ref_log_prob, _compute_advantage and _update_actor, and those that
-verl_patches.checkpoints and verl_patches.watchdog name. Checked against verl 0.9.1; no upstream issue.
+_init_resource_pool_mgr, _balance_batch, _compute_ref_log_prob, _compute_advantage, _update_actor, _save_checkpoint and
+_load_checkpoint, and those that verl_patches.checkpoints and verl_patches.watchdog name. Checked against verl 0.9.1; no
+upstream issue.
 
 verl's registry and its trainers stay as they are. A trainer that is made with a configuration that asks for VIMPO becomes one
 of a subclass, made on demand; with any other it is one of the very class that was called. So a trainer that a user derives
@@ -10,6 +11,7 @@ from verl's keeps all that is its own, and VIMPO's methods find its methods, and
 """
 
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,15 +30,16 @@ from verl.workers.utils.padding import response_from_nested, response_to_nested
 from verl_patches.checkpoints import CheckpointedTrainer
 from verl_patches.loss_aggregation import aggregation_weight, mini_batch_size
 from verl_patches.reward_noise import with_reward_noise
+from verl_patches.run_beta import RunBeta
 from verl_patches.switch import is_vimpo, knobs_of
-from verl_patches.value_branch import ACTOR_COEFF, IS_REAL
+from verl_patches.value_branch import ACTOR_COEFF, BETA, IS_REAL
 from verl_patches.watchdog import WatchedTrainer
 from verl_patches.worker import VimpoActorRolloutRefWorker
 from vimpo_verl import __version__
 from vimpo_verl.registrations import JointPassOutput, joint_pass_output
 
 PAPERS_NATS = 1 / 5e-4  # what R - V0 = 1 asks for at the paper's beta
-MOST_NATS = 2 * PAPERS_NATS  # rewards of -1 and 1 are not worth a word
+TOO_FAR = 2  # of the reward scale that beta is for: rewards of -1 and 1 are not worth a word
 ROLLOUT_N = "__rollout_n__"  # verl's column of a data set in which a prompt has a number of responses of its own
 
 
@@ -80,7 +83,7 @@ def trainer_class(trainer: type, config: Any) -> type:
 
 
 class VimpoTrainer:
-    """What VIMPO changes in a v1 trainer: the worker, the joint pass, the estimator's inputs, c_A of the update."""
+    """What VIMPO changes in a v1 trainer: the worker, the joint pass, the estimator's inputs, c_A and beta of the update."""
 
     def __init__(self, *args, **kwargs):
         """As the trainer's behind it; says that VIMPO is in force.
@@ -99,7 +102,7 @@ class VimpoTrainer:
         if problems:
             raise ValueError("\n".join(problems))
         self.rollout_n: dict[str, int] = {}  # uid of a prompt under way -> responses, where it is not rollout.n
-        self.scale_said = False
+        self.scale_said, self.run_beta = False, RunBeta(self.knobs)
         print(
             f"vimpo_verl {__version__}: VIMPO in force on verl {verl.__version__}, in {type(self).__name__}: {self.knobs}, "
             f"lam={config.algorithm.lam}",
@@ -182,19 +185,20 @@ class VimpoTrainer:
             ref_log_prob=padded["ref_log_prob"],
             token_kl=padded["token_kl"],
             is_padding=torch.tensor(_is_padding(batch)),
-            config=self.knobs,
+            config=self.run_beta.config,
             lam=self.config.algorithm.lam,
             actor_loss_weight=aggregation_weight(self.config, padded["response_mask"]),
         )
         with joint_pass_output(output):
             batch = super()._compute_advantage(batch, metrics)
         result = output.result
+        self.run_beta.fix(result.beta, self.global_steps)
         finite = {"value": result.values, "advantage": result.advantages, "target": result.returns}
         nested = {name: response_to_nested(tensor, mask) for name, tensor in finite.items()}
         self._require_sound(batch, mask, "td or the residual overflows there", **nested)
         metrics.update(result.metrics)
         self._look_at_the_scale(result.returns)
-        batch.extra_info[ACTOR_COEFF] = result.actor_coeff
+        batch.extra_info.update({ACTOR_COEFF: result.actor_coeff, BETA: result.beta.value})
         return batch
 
     def _look_at_the_scale(self, returns: torch.Tensor) -> None:
@@ -204,16 +208,39 @@ class VimpoTrainer:
             returns: [B, T], R - V0 on every valid token.
         """
         farthest = returns.abs().amax().item() if returns.numel() else 0.0
-        asked = farthest / self.knobs.beta
-        if asked <= MOST_NATS or self.scale_said:
+        beta = self.run_beta.found
+        usual = beta.reward_range or beta.value * PAPERS_NATS
+        if farthest <= TOO_FAR * usual or self.scale_said:
             return
         self.scale_said = True
+        if beta.reward_range is None:
+            others = "0/1 rewards at the paper's beta"
+        else:
+            others = f"rewards that differ by {usual:.3g}, for which it was measured,"
         _say(
             f"step {self.global_steps}: rewards are up to {farthest:.3g} from their group's mean. At algorithm.vimpo.beta="
-            f"{self.knobs.beta:g} that asks for {asked:,.0f} nats between policy and reference in one response; 0/1 rewards "
-            f"at the paper's beta ask for {PAPERS_NATS:,.0f} at most. Scale the rewards, or write "
-            f"+algorithm.vimpo.beta={farthest / PAPERS_NATS:.2g}"
+            f"{beta.value:.3g} that asks for {farthest / beta.value:,.0f} nats between policy and reference in one response; "
+            f"{others} ask for {usual / beta.value:,.0f} at most. Scale the rewards, or write "
+            f"+algorithm.vimpo.beta={beta.value * farthest / usual:.2g}"
         )
+
+    def _save_checkpoint(self) -> None:
+        """As verl's, with the run's beta in it."""
+        self.run_beta.save(Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}")
+        super()._save_checkpoint()
+
+    def _load_checkpoint(self) -> None:
+        """As verl's; the run goes on with the checkpoint's beta.
+
+        Raises:
+            ValueError: the checkpoint's file of it cannot be read.
+        """
+        super()._load_checkpoint()
+        if self.global_steps:  # verl's: 0 where it has loaded nothing
+            trainer = self.config.trainer
+            by_path = trainer.resume_mode == "resume_path"
+            newest = Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"
+            self.run_beta.restore(Path(trainer.resume_from_path) if by_path else newest)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._update_actor(batch, metrics)

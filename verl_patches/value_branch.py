@@ -22,6 +22,7 @@ from vimpo_verl.registrations import ActorBranch, actor_branch
 
 # Names under which the trainer and the worker hand the loss what it needs.
 ACTOR_COEFF = "vimpo_actor_coeff"  # float, c_A of the batch
+BETA = "vimpo_beta"  # float, the beta of the run
 IS_REAL = "vimpo_is_real"  # [B], 0 for the placeholder samples that verl adds to fill a batch
 NUM_SEQUENCES = "vimpo_num_sequences"  # int, real sequences of the global mini-batch
 
@@ -31,7 +32,7 @@ class VimpoLoss:
 
     Args:
         ppo_loss: verl's ppo_loss with its actor configuration bound; its policy loss must be "vimpo".
-        knobs: VIMPO's configuration.
+        knobs: VIMPO's configuration; its beta may be "auto", the run's number comes with the batch.
         ref_engine: verl's engine of the reference; used with kappa_policy=current.
     """
 
@@ -87,7 +88,7 @@ class VimpoLoss:
             self._token_kl(log_prob, batch["ref_log_prob"], batch["token_kl"], model_output, data),
             target_of(batch["returns"], mask),
             mask,
-            self.knobs.beta,
+            tu.get_non_tensor_data(data, BETA, None),
             loss_type=self.knobs.value_loss_type,
             huber_delta=self.knobs.huber_delta,
         )
@@ -116,7 +117,7 @@ def target_of(returns: Tensor, response_mask: Tensor) -> Tensor:
 
 
 def _require_fields(data: TensorDict) -> None:
-    needed = ("ref_log_prob", "token_kl", "returns", ACTOR_COEFF, NUM_SEQUENCES)
+    needed = ("ref_log_prob", "token_kl", "returns", ACTOR_COEFF, BETA, NUM_SEQUENCES)
     missing = [name for name in needed if name not in data.keys()]
     if missing:
         raise RuntimeError(

@@ -5,6 +5,7 @@ batch size or data-parallel size.
 """
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from vimpo_verl import functional as F
 from vimpo_verl.baselines import OF_A_BATCH
+from vimpo_verl.beta import Beta, auto_beta, beta_fit
 from vimpo_verl.config import VimpoConfig
 
 
@@ -22,6 +24,7 @@ class VimpoBatch(NamedTuple):
     returns: Tensor  # [B, T] R - V0 on every valid token; zero where masked
     values: Tensor  # [B, T] implied values V(s_t); zero where masked
     actor_coeff: float  # c_A of this batch
+    beta: Beta  # that this batch was computed with
     metrics: dict[str, float]  # under "vimpo/", see docs/metrics.md
 
 
@@ -45,7 +48,8 @@ def compute_batch(
         response_mask: [B, T], 0/1 or bool: 1 on the tokens that the policy wrote.
         outcome: [B], the reward R of each sequence.
         group: B hashables, equal for the responses to one prompt.
-        config: the knobs.
+        config: the knobs. beta "auto" is measured over this batch: hand the number in the result's `beta` to those that
+            follow, because one run has one beta.
         lam: GAE's lambda, in [0, 1].
         is_padding: [B] bool, placeholder sequences that verl added; they count nowhere. None: there are none.
         actor_loss_weight: what the actor loss's aggregation makes of a loss of 1 on every valid token of a mini-batch: 1
@@ -55,7 +59,7 @@ def compute_batch(
         VimpoBatch, in float32 (float64 for float64 inputs), on the inputs' device.
 
     Raises:
-        ValueError: shapes do not fit, or the mask has other values than 0 and 1.
+        ValueError: shapes do not fit, the mask has other values than 0 and 1, or beta is "auto" and no token is valid.
     """
     if outcome.shape != response_mask.shape[:1] or len(group) != len(outcome):
         raise ValueError(
@@ -66,6 +70,8 @@ def compute_batch(
         raise ValueError(f"is_padding must be [B] = {list(outcome.shape)}, got shape {list(is_padding.shape)}")
     real = torch.ones_like(outcome, dtype=torch.bool) if is_padding is None else ~is_padding.bool()
     mask = F.require_mask(response_mask) & real.unsqueeze(-1)
+    beta = _beta(config, mask, outcome, group, real)
+    config = replace(config, beta=beta.value)
     td = F.td_residual(old_log_prob, ref_log_prob, token_kl, mask, config.beta)
     target = torch.where(real, outcome.to(td.dtype) - _baseline(outcome, group, real, config), 0.0).to(td.dtype)
     raw = F.implied_advantages(td, mask, lam)
@@ -76,8 +82,16 @@ def compute_batch(
         returns=torch.where(mask, target.unsqueeze(-1), 0.0).to(td.dtype),
         values=F.implied_values(td, mask),
         actor_coeff=coeff,
-        metrics=_metrics(token_kl, raw, mask, coeff, summary),
+        beta=beta,
+        metrics=_metrics(token_kl, raw, mask, coeff, beta.value, summary),
     )
+
+
+def _beta(config: VimpoConfig, mask: Tensor, outcome: Tensor, group: Sequence[Hashable], real: Tensor) -> Beta:
+    if config.beta != "auto":
+        return Beta(config.beta)
+    groups = [name for name, is_real in zip(group, real.tolist(), strict=True) if is_real]
+    return auto_beta(mask[real].sum(-1).tolist(), outcome[real].tolist(), groups, config.beta_scale)
 
 
 def _baseline(outcome: Tensor, group: Sequence[Hashable], real: Tensor, config: VimpoConfig) -> Tensor:
@@ -98,7 +112,7 @@ class _Summary:
         judged = mask.any(-1)
         judgement = td.sum(-1)[judged]  # S_i = -V(s_1): the policy's own verdict on its answer
         groups = [name for name, is_judged in zip(group, judged.tolist(), strict=True) if is_judged]
-        self.target, self.residual = target[judged], judgement - target[judged]
+        self.judgement, self.target, self.residual = judgement, target[judged], judgement - target[judged]
         self.lengths, self.sequences = mask[judged].sum(-1).to(td.dtype), int(real.sum())
         self.correlation = outcome_correlation(judgement, outcome[judged], groups)
         self.auc = outcome_auc(judgement, outcome[judged], groups)
@@ -179,17 +193,21 @@ def outcome_auc(judgement: Tensor, outcome: Tensor, group: Sequence[Hashable]) -
     return won / pairs if pairs else None
 
 
-def _metrics(token_kl: Tensor, raw: Tensor, mask: Tensor, coeff: float, summary: _Summary) -> dict[str, float]:
+def _metrics(
+    token_kl: Tensor, raw: Tensor, mask: Tensor, coeff: float, beta: float, summary: _Summary
+) -> dict[str, float]:
     valid = mask.sum().item()
     metrics = {
         "vimpo/kl": token_kl[mask].double().mean().item() if valid else 0.0,
         "vimpo/actor_coeff": coeff,
+        "vimpo/beta": beta,
         "vimpo/residual_rms": summary.rms_over_tokens(summary.residual),
         "vimpo/target_rms": summary.rms_over_tokens(summary.target),
         "vimpo/advantage_std": raw[mask].double().std().item() if valid > 1 else 0.0,
         "vimpo/outcome_correlation": summary.correlation,
         "vimpo/value_explained_variance": summary.explained_variance,
     }
-    if summary.auc is not None:
-        metrics["vimpo/outcome_auc"] = summary.auc
+    fit = beta_fit(summary.judgement.tolist(), summary.target.tolist(), beta)
+    metrics |= {"vimpo/outcome_auc": summary.auc} if summary.auc is not None else {}
+    metrics |= {"vimpo/beta_fit": fit} if fit is not None else {}
     return metrics

@@ -24,7 +24,9 @@ class VimpoConfig:
     """Knobs under `algorithm.vimpo`; what each does to the equations is in docs/configuration.md.
 
     Attributes:
-        beta: weight of the reference in rho and kappa, in units of reward a nat; > 0.
+        beta: weight of the reference in rho and kappa, in units of reward a nat: a number > 0, or "auto" for
+            beta_scale * (range of the rewards) / (mean response length) of the run's first batch (vimpo_verl/beta.py).
+        beta_scale: beta "auto" times the mean response length, for rewards of range 1; > 0.
         actor_coeff: c_A, weight of the actor loss beside the value loss: a number >= 0, or "auto" for
             actor_alpha * beta * mean_length * rms_over_tokens(residual) / (what verl's loss_agg_mode makes of a loss of 1),
             the same push at any response length and in every mode.
@@ -46,7 +48,8 @@ class VimpoConfig:
         startup_timeout: the same for what comes before the first step; "auto" never ends it.
     """
 
-    beta: float = 5e-4
+    beta: float | str = "auto"
+    beta_scale: float = 0.5
     actor_coeff: float | str = "auto"
     actor_alpha: float = 0.1
     actor_trust: bool = True
@@ -63,8 +66,8 @@ class VimpoConfig:
     startup_timeout: float | str | None = "auto"
 
 
-# The paper's recipe where it differs from the defaults (section 5: c_A = 5e-3, no trust factor).
-PAPER_RECIPE = {"actor_coeff": 5e-3, "actor_trust": False}
+# The paper's recipe where it differs from the defaults (section 5: beta = 5e-4, c_A = 5e-3, no trust factor).
+PAPER_RECIPE = {"beta": 5e-4, "actor_coeff": 5e-3, "actor_trust": False}
 
 
 def parse_config(section: Mapping[str, Any] | None) -> tuple[VimpoConfig, list[str]]:
@@ -105,11 +108,16 @@ def _timeout(value: Any) -> tuple[str, Any]:
     return ("write auto, a number of seconds greater than 0, or null to be warned only" if complaint else ""), seconds
 
 
-def _actor_coeff(value: Any) -> tuple[str, Any]:
-    if value == "auto":
-        return "", value
-    complaint, number = _not_negative(value)
-    return ("write auto or a number, 0 or greater" if complaint else ""), number
+def _auto_or(check: section_reader.Check, complaint: str) -> section_reader.Check:
+    """A check for "auto" and for what another check takes."""
+
+    def auto_or(value: Any) -> tuple[str, Any]:
+        if value == "auto":
+            return "", value
+        refused, number = check(value)
+        return (complaint if refused else ""), number
+
+    return auto_or
 
 
 def _number_or_none(value: Any) -> tuple[str, Any]:
@@ -126,8 +134,9 @@ def _kl_estimator(value: Any) -> tuple[str, Any]:
 
 
 _CHECKS = {
-    "beta": _positive,
-    "actor_coeff": _actor_coeff,
+    "beta": _auto_or(_positive, "write auto or a number greater than 0"),
+    "beta_scale": _positive,
+    "actor_coeff": _auto_or(_not_negative, "write auto or a number, 0 or greater"),
     "actor_alpha": _not_negative,
     "actor_trust": flag,
     "kl_estimator": _kl_estimator,

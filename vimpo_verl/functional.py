@@ -182,8 +182,8 @@ def implied_advantages(td: Tensor, response_mask: Tensor, lam: float) -> Tensor:
 def whiten(advantages: Tensor, response_mask: Tensor) -> Tensor:
     """(a - mean) * rsqrt(var + 1e-8) over the valid tokens of the batch; var is unbiased.
 
-    The 1e-8 belongs to the scale of the data: while the policy is near the reference, raw advantages are tiny (beta is
-    5e-4), and it keeps their noise from being blown up to unit size.
+    The 1e-8 belongs to the scale of the data: while the policy is near the reference, raw advantages are tiny, and it
+    keeps their noise from being blown up to unit size.
 
     Args:
         advantages: [B, T].

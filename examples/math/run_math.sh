@@ -3,7 +3,7 @@
 #
 #   ALGO=vimpo PRESET=8gpu examples/math/run_math.sh
 #   ALGO=grpo  PRESET=8gpu examples/math/run_math.sh
-#   ALGO=vimpo PRESET=1gpu MODEL=Qwen/Qwen3-1.7B-Base examples/math/run_math.sh +algorithm.vimpo.beta=1e-3
+#   ALGO=vimpo PRESET=1gpu MODEL=Qwen/Qwen3-1.7B-Base examples/math/run_math.sh algorithm.vimpo.beta=auto
 #   DRY_RUN=1 ALGO=vimpo PRESET=multinode examples/math/run_math.sh       # checks and prints the configuration, starts nothing
 #
 # The two algorithms differ in keys under `algorithm.` only. Everything after the script's name goes to verl as Hydra overrides,
@@ -195,7 +195,12 @@ REWARD=(
     reward.custom_reward_function.name=compute_score
 )
 case $ALGO in
-    vimpo) ALGORITHM=(algorithm.adv_estimator=vimpo +algorithm.vimpo.actor_coeff=5e-3 +algorithm.vimpo.actor_trust=false) ;;
+    vimpo)
+        ALGORITHM=(
+            algorithm.adv_estimator=vimpo
+            +algorithm.vimpo.beta=5e-4 +algorithm.vimpo.actor_coeff=5e-3 +algorithm.vimpo.actor_trust=false
+        )
+        ;;
     grpo) ALGORITHM=(algorithm.adv_estimator=grpo) ;;
 esac
 ALGORITHM+=(

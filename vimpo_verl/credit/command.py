@@ -7,14 +7,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from vimpo_verl.config import VimpoConfig
-
 FAILED = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the subcommand."""
-    beta = VimpoConfig.beta
     parser.add_argument(
         "policy", type=Path, help="a run's folder, a checkpoint (.../global_step_N) or a Hugging Face folder"
     )
@@ -40,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", type=_count, default=4, help="prompts to show, mixed ones first (default: %(default)s)"
     )
     parser.add_argument("--per-prompt", type=_count, default=8, help="answers to show of each (default: %(default)s)")
-    parser.add_argument("--beta", type=_positive, help=f"default: the run's, or {beta:g}")
+    parser.add_argument("--beta", type=_positive, help="default: as the checkpoint or the run's configuration says")
     parser.add_argument("--lam", type=_fraction, help="default: the run's, or 1")
     parser.add_argument("--temperature", type=_positive, help="of the rollout; default: the run's, or 1")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")

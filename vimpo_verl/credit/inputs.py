@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vimpo_verl.beta import STATE
 from vimpo_verl.checkpoint import Checkpoint, NotAModel, locate
 from vimpo_verl.config import VimpoConfig
 from vimpo_verl.credit import models
@@ -42,6 +43,9 @@ def gather(arguments: argparse.Namespace) -> tuple[Inputs | None, list[str]]:
     problems += more
     data = arguments.data or [path for path in run.data if path.is_file()]
     problems += [f"--data {path}: there is no such file" for path in data if not path.is_file()]
+    beta, beta_from = _beta(arguments.beta, run)
+    if beta is None and policy:  # without one, what its run says is not known either
+        problems.append(beta_from)
     if problems:
         return None, problems
     encoder = Encoder(policy.tokenizer, data, run.template, run.max_response_tokens)
@@ -50,10 +54,10 @@ def gather(arguments: argparse.Namespace) -> tuple[Inputs | None, list[str]]:
     problems += _too_long(groups, policy, reference) + _unknown_ids(groups, policy)
     inputs = Inputs(
         policy, reference, groups,
-        replace(run.vimpo, beta=arguments.beta or run.vimpo.beta),
+        replace(run.vimpo, beta=beta),
         run.lam if arguments.lam is None else arguments.lam,
         arguments.temperature or run.temperature,
-        settings={}, notes=[*encoder.notes],
+        settings={}, notes=[f"beta={beta:.6g}, {beta_from}", *encoder.notes],
     )  # fmt: skip
     return replace(inputs, settings=_shown(inputs, arguments, run, answers)), problems
 
@@ -81,6 +85,19 @@ def describe_pair(
     if policy and reference:
         problems += models.differences(policy, reference)
     return policy, reference, run, problems
+
+
+def _beta(given: float | None, run: RunSettings) -> tuple[float | None, str]:
+    """The number to score with, and where it is from; None, and what to do about it, where nobody says."""
+    if given is not None:
+        return given, "as given with --beta"
+    if run.beta_from is not None:
+        return run.vimpo.beta, f"from {run.beta_from}"
+    return None, (
+        f"beta: not known: there is no {STATE} in a checkpoint and no number in a run's configuration: give --beta. A run "
+        f"with 0/1 rewards has {run.vimpo.beta_scale:g} / (mean length of its first answers in tokens) by itself; one of "
+        "version 0.1.0 had 5e-4"
+    )
 
 
 def _is_model(path: Path) -> bool:

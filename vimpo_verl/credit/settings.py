@@ -1,10 +1,11 @@
 """What a run's own configuration says: Hydra leaves it beside the checkpoints of the launch scripts here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vimpo_verl import beta as betas
 from vimpo_verl.checkpoint import Checkpoint
 from vimpo_verl.config import VimpoConfig, parse_config
 
@@ -17,7 +18,8 @@ class RunSettings:
 
     Attributes:
         source: the configuration's file, or None: all values are the defaults.
-        vimpo: the knobs of VIMPO.
+        vimpo: the knobs of VIMPO; beta is the checkpoint's own where it has one.
+        beta_from: where a number for beta was found; None: nowhere, it is "auto".
         lam: GAE's lambda.
         temperature: of the rollout, by which logits are divided.
         reference: path or name of the model that training started from.
@@ -30,6 +32,7 @@ class RunSettings:
 
     source: Path | None = None
     vimpo: VimpoConfig = VimpoConfig()
+    beta_from: str | None = None
     lam: float = PAPER_LAM
     temperature: float = 1.0
     reference: Path | None = None
@@ -44,7 +47,17 @@ def of_run(policy: Checkpoint | Path | None) -> RunSettings:
     """The settings of the run that a checkpoint belongs to; the defaults where its configuration is not found."""
     if not isinstance(policy, Checkpoint):
         return RunSettings()
-    path = policy.step.parent.parent / "hydra" / ".hydra" / "config.yaml"
+    run = _configured(policy.step.parent.parent / "hydra" / ".hydra" / "config.yaml")
+    try:
+        kept = betas.load(policy.step)
+    except ValueError as error:
+        return replace(run, problems=[*run.problems, str(error)])
+    if kept is None:
+        return run
+    return replace(run, vimpo=replace(run.vimpo, beta=kept.value), beta_from=f"the checkpoint's {betas.STATE}")
+
+
+def _configured(path: Path) -> RunSettings:
     if not path.is_file():
         return RunSettings()
     from omegaconf import OmegaConf
@@ -59,6 +72,7 @@ def of_run(policy: Checkpoint | Path | None) -> RunSettings:
     return RunSettings(
         source=path,
         vimpo=vimpo,
+        beta_from=None if vimpo.beta == "auto" else "the run's configuration",
         lam=get("algorithm.lam", PAPER_LAM),
         temperature=get("actor_rollout_ref.rollout.temperature", 1.0),
         reference=_path(get("actor_rollout_ref.model.path")),
