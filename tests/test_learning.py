@@ -183,6 +183,16 @@ def test_one_file_is_short_and_runs():
     assert len(json.loads(done.stdout)) == 2
 
 
+def test_a_headline_grid_waits_for_the_whole_tuning_grid(monkeypatch):
+    tuned = {setting: {"accuracy": setting.lr, "rewards": [0.5]} for setting in grids.tuning("clean")}
+    monkeypatch.setattr(grids, "load", lambda grid: tuned)
+    chosen = grids.headline("clean")
+    assert len(chosen) == len(grids.TRIALS) * len(grids.REPORTED_SEEDS)
+    assert {setting.lr for setting in chosen if grids.label_of(setting) == "GRPO"} == {max(grids.RATES)}
+    tuned.popitem()
+    assert grids.headline("clean") == []
+
+
 def test_paired_difference_and_the_best_trial():
     grid = {
         Setting("grpo", lr=lr, seed=seed): {"accuracy": lr * 1000 + 0.01 * seed, "rewards": [0.5]}

@@ -49,6 +49,8 @@ def main() -> None:
             print(f"{name:24} {len(grid())} runs")
         return
     settings = list(dict.fromkeys(GRIDS[args.grid]()))
+    if not settings:
+        parser.error(f"{args.grid} takes each arm's best trial from tune_{args.grid}: run that to its end first")
     if args.smoke:
         for setting in settings[:: max(1, len(settings) // 3)][:3]:
             print(json.dumps(run_named(replace(setting, batches=4))))

@@ -60,9 +60,9 @@ def tuning(condition: str) -> list[Setting]:
 
 
 def headline(condition: str) -> list[Setting]:
-    """Each arm's best trial on the reported seeds; nothing before the tuning grid has been run."""
+    """Each arm's best trial on the reported seeds; nothing before the whole tuning grid has been run."""
     results = load(f"tune_{condition}")
-    if not results:
+    if not results.keys() >= set(tuning(condition)):
         return []
     chosen = [
         best_trial([replace(trial, seed=0, **CONDITIONS[condition]) for trial in trials], results)
