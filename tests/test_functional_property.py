@@ -256,7 +256,7 @@ def test_a_batch(batch, lam, baseline, data):
     is_padding = data.draw(masks(size, 1)).squeeze(1).bool()
     result = compute_batch(
         old_log_prob=batch[0], ref_log_prob=batch[1], token_kl=batch[2], response_mask=batch[3], outcome=outcome,
-        group=group, config=VimpoConfig(baseline=baseline), lam=lam, is_padding=is_padding,
+        group=group, config=VimpoConfig(beta=5e-4, baseline=baseline), lam=lam, is_padding=is_padding,
     )  # fmt: skip
     for tensor in (result.advantages, result.returns, result.values):
         assert tensor.shape == batch[0].shape and torch.isfinite(tensor).all()
@@ -283,4 +283,4 @@ def test_a_batch_that_does_not_fit_is_refused(batch, data):
         "lam": ("lam", 1.5),
     }
     name = data.draw(st.sampled_from(sorted(wrong)))
-    refused(wrong[name][0], compute_batch, config=VimpoConfig(), **{**good, name: wrong[name][1]})
+    refused(wrong[name][0], compute_batch, config=VimpoConfig(beta=5e-4), **{**good, name: wrong[name][1]})

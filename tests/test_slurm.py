@@ -411,8 +411,9 @@ def test_wrong_set_up_is_refused_before_anything_starts(tmp_path, settings, mess
     assert job.read("steps") == ""
 
 
-@pytest.mark.parametrize("end", [in_seconds(600), "NONE", "Unknown"])
+@pytest.mark.parametrize("end", ["in 600 s", "NONE", "Unknown"])
 def test_time_limit_that_leaves_time_is_no_error(tmp_path, end):
+    end = in_seconds(600) if end == "in 600 s" else end  # not when the tests are collected
     assert Job(tmp_path, "node1", "true", FAKE_END_TIME=end).finish()[0] == 0
 
 
