@@ -20,6 +20,7 @@ from benchmarks.learning.analysis import RESULTS, mean_interval
 from benchmarks.learning.run import make_task, start_policy, trained
 from benchmarks.learning.settings import Setting
 from vimpo_verl import functional as F
+from vimpo_verl.batch import outcome_auc
 
 PROMPTS, RESPONSES = 256, 8
 SEEDS = range(1, 6)
@@ -69,7 +70,7 @@ def measure(setting: Setting) -> dict[str, float]:
         "td_correlation": _correlation(td, exact),
         "td_auc": _auc(td.flatten(), exact.flatten() >= -0.05),
         "advantage_correlation": _correlation(F.implied_advantages(td, rollout.mask, 1.0), exact),
-        "summed_td_auc": _auc_in_groups(td.sum(1), rollout.truth),
+        "summed_td_auc": outcome_auc(td.sum(1), rollout.truth, rollout.group),
         "first_wrong": found.mean().item(),
         "first_wrong_single": found[single[wrong]].mean().item(),
         "value_correlation": _correlation(implied, after),
@@ -88,13 +89,6 @@ def _auc(score: Tensor, positive: Tensor) -> float:
     count = positive.sum().item()
     above = ranks[positive].sum().item() - count * (count - 1) / 2
     return above / (count * (len(score) - count)) if 0 < count < len(score) else float("nan")
-
-
-def _auc_in_groups(score: Tensor, truth: Tensor) -> float:
-    s, r = score.view(PROMPTS, RESPONSES), truth.view(PROMPTS, RESPONSES)
-    pairs = (r.unsqueeze(2) > r.unsqueeze(1)).double()
-    lead = s.unsqueeze(2) - s.unsqueeze(1)
-    return ((pairs * ((lead > 0).double() + 0.5 * (lead == 0).double())).sum() / pairs.sum()).item()
 
 
 def main() -> None:
