@@ -272,16 +272,71 @@ def value_loss(
     if loss_type not in VALUE_LOSS_TYPES:
         raise ValueError(f"unknown loss_type {loss_type!r}: choose one of {', '.join(VALUE_LOSS_TYPES)}")
     td = td_residual(log_prob, ref_log_prob.detach(), token_kl.detach(), response_mask, beta)
-    _require_real(target=target)
-    if target.shape != td.shape[:-1] or target.device != td.device:
-        raise ValueError(
-            f"target must be [B] = {list(td.shape[:-1])} on {td.device}, got {list(target.shape)} on {target.device}"
-        )
+    _require_target(target, td)
     residual = td.sum(-1) - accumulating(target.detach())
     if loss_type == "squared_error":
         return 0.5 * residual.square()
     require_positive(huber_delta=huber_delta)
     return torch.nn.functional.huber_loss(residual, torch.zeros_like(residual), reduction="none", delta=huber_delta)
+
+
+def _require_target(target: Tensor, td: Tensor) -> None:
+    _require_real(target=target)
+    if target.shape != td.shape[:-1] or target.device != td.device:
+        raise ValueError(
+            f"target must be [B] = {list(td.shape[:-1])} on {td.device}, got {list(target.shape)} on {target.device}"
+        )
+
+
+def clipped_value_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    ref_log_prob: Tensor,
+    token_kl: Tensor,
+    target: Tensor,
+    response_mask: Tensor,
+    beta: float,
+    *,
+    clip_low: float,
+    clip_high: float,
+    loss_type: str = "squared_error",
+    huber_delta: float = 0.5,
+) -> Tensor:
+    """L_V for several updates a batch: the number is that of `value_loss`, its gradient goes through PPO's clipped ratio.
+
+        grad L_i = grad beta sum_t max( r_t e_i, clip(r_t, 1 - clip_low, 1 + clip_high) e_i )
+        r_t = pi_theta / pi_old,   e_i = S_i - (R - V0), stopped (with huber, within +- huber_delta)
+
+    Where r_t = 1, as in the first update of a batch, this is the gradient of `value_loss`: beta e_i sum_t grad log pi. Later
+    updates need the ratio: without it an answer that turned out wrong is pushed down until its log-ratio is (R - V0) / beta,
+    however unlikely it has become (docs/method.md, "Several updates a batch").
+
+    Args:
+        log_prob, ref_log_prob, token_kl, target, response_mask, beta, loss_type, huber_delta: as for `value_loss`.
+        old_log_prob: [B, T], in nats, of the policy that the ratio is to, as PPO's. Detached.
+        clip_low, clip_high: >= 0, PPO's clip range.
+
+    Returns:
+        [B]; the caller averages over the sequences of the global mini-batch. float32 for half precision inputs.
+
+    Raises:
+        ValueError: as `value_loss`, old_log_prob does not fit, or a clip range is not a number >= 0.
+    """
+    for name, number in (("clip_low", clip_low), ("clip_high", clip_high)):
+        if not (isinstance(number, Real) and 0.0 <= number < float("inf")):
+            raise ValueError(f"{name} must be a number >= 0, got {number!r}")
+    valid = valid_tokens(response_mask, log_prob=log_prob, old_log_prob=old_log_prob)
+    loss = value_loss(
+        log_prob.detach(), ref_log_prob, token_kl, target, valid, beta, loss_type=loss_type, huber_delta=huber_delta
+    )
+    td = td_residual(log_prob.detach(), ref_log_prob.detach(), token_kl.detach(), valid, beta)
+    error = td.sum(-1, keepdim=True) - accumulating(target.detach()).unsqueeze(-1)
+    if loss_type == "huber":
+        error = error.clamp(-huber_delta, huber_delta)
+    ratio = zero_where_masked(accumulating(log_prob) - accumulating(old_log_prob.detach()), valid).exp()
+    pushes = torch.maximum(ratio * error, ratio.clamp(1 - clip_low, 1 + clip_high) * error)
+    surrogate = beta * zero_where_masked(pushes, valid).sum(-1)
+    return loss + surrogate - surrogate.detach()
 
 
 # ---- numerics of the exact KL ----------------------------------------------------------------------------------------
