@@ -163,7 +163,7 @@ def imitate(policy, task, accuracy: float, seed: int) -> None:
             optimizer.step()
 
 
-def train(policy, task, loss, *, batches: int, lr: float, seed: int, updates=1, on_batch=id, **sizes) -> list[float]:
+def train(policy, task, loss, *, batches, lr, seed, updates=1, on_batch=lambda rollout: None, **sizes) -> list[float]:
     """`batches` times: sample, then `updates` steps of AdamW. Returns the share of right answers of every batch."""
     reference, curve = copy.deepcopy(policy), []
     generator = torch.Generator().manual_seed(seed)  # of prompts and flips: the same for every loss
