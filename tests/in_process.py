@@ -154,6 +154,7 @@ def make_trainer(config, monkeypatch, stock=None):
     trainer = object.__new__(trainer_type)  # its __init__ makes a replay buffer
     trainer.config, trainer.knobs, trainer.global_steps = config, knobs_of(config)[0], 1
     trainer.rollout_n, trainer.scale_said, trainer.run_beta = {}, False, RunBeta(trainer.knobs)
+    trainer.start_passes()
     trainer.actor_rollout_wg = InProcessGroup(worker, queue)
     return trainer, queue
 

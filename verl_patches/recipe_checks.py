@@ -123,11 +123,6 @@ def _algorithm(config: Any) -> Iterator[str]:
             "derivation; write algorithm.use_kl_in_reward=False"
         )
     correction = algorithm.get("rollout_correction") or {}
-    if correction.get("bypass_mode", False):
-        yield (
-            "algorithm.rollout_correction.bypass_mode=True: it skips the pass that kappa comes from; write "
-            "algorithm.rollout_correction.bypass_mode=False"
-        )
     if correction.get("rollout_rs") is not None:
         yield (
             f"algorithm.rollout_correction.rollout_rs={correction.rollout_rs}: it masks tokens of the responses, and VIMPO's "

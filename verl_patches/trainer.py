@@ -25,14 +25,16 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.workers.engine_workers import ActorRolloutRefWorker
-from verl.workers.utils.padding import response_from_nested, response_to_nested
+from verl.workers.utils.padding import response_from_nested
 
 from verl_patches.checkpoints import CheckpointedTrainer
+from verl_patches.finite import first_non_finite
 from verl_patches.loss_aggregation import aggregation_weight, mini_batch_size
+from verl_patches.names import ACTOR_COEFF, BETA, IS_REAL
+from verl_patches.one_pass import OnePassTrainer
 from verl_patches.reward_noise import with_reward_noise
 from verl_patches.run_beta import RunBeta
 from verl_patches.switch import is_vimpo, knobs_of
-from verl_patches.value_branch import ACTOR_COEFF, BETA, IS_REAL
 from verl_patches.watchdog import WatchedTrainer
 from verl_patches.worker import VimpoActorRolloutRefWorker
 from vimpo_verl import __version__
@@ -78,7 +80,9 @@ def trainer_class(trainer: type, config: Any) -> type:
                 f"algorithm.adv_estimator=vimpo: {trainer.__name__}._compute_ref_log_prob would never run, because VIMPO's "
                 "joint pass takes its place. Remove it from that class, or move what it does to another step"
             )
-        trainer = type(f"Vimpo{trainer.__name__}", (WatchedTrainer, CheckpointedTrainer, VimpoTrainer, trainer), {})
+        trainer = type(
+            f"Vimpo{trainer.__name__}", (WatchedTrainer, CheckpointedTrainer, OnePassTrainer, VimpoTrainer, trainer), {}
+        )
     return with_reward_noise(trainer, config)
 
 
@@ -165,7 +169,7 @@ class VimpoTrainer:
             ref_log_prob=ref_log_prob,
             token_kl=token_kl,
         )
-        is_real = torch.tensor([not is_padding for is_padding in _is_padding(batch)], dtype=torch.float32)
+        is_real = torch.tensor([not is_padding for is_padding in self._is_padding(batch)], dtype=torch.float32)
         fields = {"ref_log_prob": ref_log_prob, "token_kl": token_kl, IS_REAL: is_real}
         tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch))
@@ -174,32 +178,44 @@ class VimpoTrainer:
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         _require_one_output_a_session(batch.keys)
-        fields = ["old_log_probs", "ref_log_prob", "token_kl", "rm_scores", "response_mask"]
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        mask, every_token = data["response_mask"], torch.ones_like(data["rm_scores"])
-        self._require_sound(batch, mask, "the policy's logits are not finite there", old_log_prob=data["old_log_probs"])
-        self._require_sound(batch, every_token, "the reward function returned it", reward=data["rm_scores"])
-        padded = data.to_padded_tensor()
-        output = JointPassOutput(
-            old_log_prob=padded["old_log_probs"],
-            ref_log_prob=padded["ref_log_prob"],
-            token_kl=padded["token_kl"],
-            is_padding=torch.tensor(_is_padding(batch)),
-            config=self.run_beta.config,
-            lam=self.config.algorithm.lam,
-            actor_loss_weight=aggregation_weight(self.config, padded["response_mask"]),
-        )
+        output = self._estimator_input(batch)
         with joint_pass_output(output):
             batch = super()._compute_advantage(batch, metrics)
         result = output.result
         self.run_beta.fix(result.beta, self.global_steps)
         finite = {"value": result.values, "advantage": result.advantages, "target": result.returns}
-        nested = {name: response_to_nested(tensor, mask) for name, tensor in finite.items()}
-        self._require_sound(batch, mask, "td or the residual overflows there", **nested)
+        self._require_sound(batch, None, "td or the residual overflows there", **finite)
         metrics.update(result.metrics)
         self._look_at_the_scale(result.returns)
         batch.extra_info.update({ACTOR_COEFF: result.actor_coeff, BETA: result.beta.value})
         return batch
+
+    def _estimator_input(self, batch: KVBatchMeta) -> Any:
+        """What the joint pass has found for the estimator, once it is sound."""
+        fields = ["old_log_probs", "ref_log_prob", "token_kl", "rm_scores", "response_mask"]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        self._require_sound_rewards(batch, data["rm_scores"])
+        padded = data.to_padded_tensor()
+        mask = padded["response_mask"]
+        self._require_sound(
+            batch, mask, "the policy's logits are not finite there", old_log_prob=padded["old_log_probs"]
+        )
+        return JointPassOutput(
+            old_log_prob=padded["old_log_probs"],
+            ref_log_prob=padded["ref_log_prob"],
+            token_kl=padded["token_kl"],
+            is_padding=torch.tensor(self._is_padding(batch)),
+            config=self.run_beta.config,
+            lam=self.config.algorithm.lam,
+            actor_loss_weight=aggregation_weight(self.config, mask),
+        )
+
+    def _require_sound_rewards(self, batch: KVBatchMeta, rewards: torch.Tensor) -> None:
+        self._require_sound(batch, None, "the reward function returned it", reward=rewards)
+
+    @staticmethod
+    def _is_padding(batch: KVBatchMeta) -> list[bool]:
+        return [bool(tag.get("is_padding", False)) for tag in batch.tags]
 
     def _look_at_the_scale(self, returns: torch.Tensor) -> None:
         """Say once that a reward is too far from its group's mean for beta: sum_t log-ratio - KL is to be (R - V0) / beta.
@@ -226,8 +242,12 @@ class VimpoTrainer:
 
     def _save_checkpoint(self) -> None:
         """As verl's, with the run's beta in it."""
-        self.run_beta.save(Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}")
+        self._save_state(Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}")
         super()._save_checkpoint()
+
+    def _save_state(self, folder: Path) -> None:
+        """What of a run belongs to VIMPO, into a checkpoint that is being written, global_step_N."""
+        self.run_beta.save(folder)
 
     def _load_checkpoint(self) -> None:
         """As verl's; the run goes on with the checkpoint's beta.
@@ -240,7 +260,10 @@ class VimpoTrainer:
             trainer = self.config.trainer
             by_path = trainer.resume_mode == "resume_path"
             newest = Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"
-            self.run_beta.restore(Path(trainer.resume_from_path) if by_path else newest)
+            self._load_state(Path(trainer.resume_from_path) if by_path else newest)
+
+    def _load_state(self, folder: Path) -> None:
+        self.run_beta.restore(folder)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._update_actor(batch, metrics)
@@ -257,28 +280,27 @@ class VimpoTrainer:
             )
         return batch
 
-    def _require_sound(self, batch: KVBatchMeta, mask: torch.Tensor, reason: str, **per_token: torch.Tensor) -> None:
+    def _require_sound(
+        self, batch: KVBatchMeta, mask: torch.Tensor | None, reason: str, **per_token: torch.Tensor
+    ) -> None:
         """A non-finite value on a valid token is a fault to report, not to hide.
 
         Args:
             batch: verl's handle; equal parts of it, in its order, went to the data-parallel ranks.
-            mask, per_token: nested [B, response].
+            mask, per_token: [B, response], nested or padded. None: every token counts.
             reason: what that means, for the message.
 
         Raises:
             FloatingPointError: naming the quantity, the sample, the token, the step and the rank.
         """
         ranks = _data_parallel_size(self.actor_rollout_wg)
-        valid = mask.values().bool()
         for name, tensor in per_token.items():
-            bad = (valid & ~torch.isfinite(tensor.values())).nonzero()
-            if bad.numel():
-                position = bad[0].item()
-                sample = int(torch.searchsorted(tensor.offsets(), position, right=True)) - 1
+            found = first_non_finite(tensor, mask)
+            if found is not None:
+                sample, token, value, count = found
                 raise FloatingPointError(
-                    f"step {self.global_steps}: {name} is {tensor.values()[position].item()} at response token "
-                    f"{position - int(tensor.offsets()[sample])} of sample {batch.keys[sample]} on data-parallel rank "
-                    f"{sample * ranks // len(batch.keys)} ({len(bad)} such tokens in the batch): {reason}"
+                    f"step {self.global_steps}: {name} is {value} at response token {token} of sample {batch.keys[sample]} on "
+                    f"data-parallel rank {sample * ranks // len(batch.keys)} ({count} such tokens in the batch): {reason}"
                 )
 
 
@@ -288,10 +310,6 @@ def _say(sentence: str) -> None:
 
 def _data_parallel_size(worker_group: Any) -> int:
     return max(getattr(worker_group, "_dispatch_info", {}).get("actor", [0])) + 1
-
-
-def _is_padding(batch: KVBatchMeta) -> list[bool]:
-    return [bool(tag.get("is_padding", False)) for tag in batch.tags]
 
 
 def _require_one_output_a_session(keys: list[str]) -> None:

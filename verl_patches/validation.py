@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-from verl_patches import recipe_checks, seams
+from verl_patches import passes, recipe_checks, seams
 from verl_patches.functions import wrap
 from verl_patches.switch import is_vimpo, knobs_of, noise_of
 from vimpo_verl import __version__
@@ -51,7 +51,10 @@ def prepare(config: Any) -> VimpoConfig:
         ValueError: listing every problem at once.
     """
     knobs, knob_problems = knobs_of(config)
-    found = knob_problems + recipe_checks.problems(config) + _seams_not_in_force(seams.SEAMS) + _noise_problems(config)
+    found = knob_problems + recipe_checks.problems(config)
+    if not found:  # it computes with these values
+        found += passes.problems(config, knobs)
+    found += _seams_not_in_force(seams.SEAMS) + _noise_problems(config)
     _refuse("algorithm.adv_estimator=vimpo cannot run with this configuration", list(dict.fromkeys(found)))
     for warning in recipe_checks.warnings(config, knobs) + _version_warning():
         logger.warning("vimpo_verl: %s", warning)
