@@ -1,7 +1,7 @@
 """Seam: VIMPO without a pass before the update, `algorithm.vimpo.passes` (docs/method.md, "One pass").
 
 Touches, by subclassing, PPOTrainer's _compute_old_log_prob, _compute_ref_log_prob, _compute_advantage, _update_actor and
-_compute_metrics; VIMPO's trainers derive from OnePassTrainer. The update's part is in verl_patches.value_branch and
+_compute_metrics; the family's table names OnePassTrainer. The update's part is in verl_patches.value_branch and
 verl_patches.worker. Checked against verl 0.9.1; no upstream issue.
 
 The driver works out what the rewards give (V0, targets, beta) and hands the update two numbers of the batch before. The
@@ -19,10 +19,13 @@ import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+from verl.utils import tensordict_utils as tu
 
+from verl_patches.family_trainer import is_padding
 from verl_patches.loss_aggregation import aggregation_weight, mini_batch_size
 from verl_patches.names import ADVANTAGE_MEAN, ADVANTAGE_STD, GROUP, IS_REAL, LAM, ONE_PASS, OUTCOME, ROW, STEP
 from verl_patches.passes import Passes, bypasses_old_log_probs, decide
+from verl_patches.trainer import VimpoTrainer
 from vimpo_verl.beta import STATE
 from vimpo_verl.config import SECTION
 from vimpo_verl.one_pass import Statistics
@@ -60,19 +63,20 @@ def load(folder: Path) -> Statistics | None:
 # ---- the trainer's part ----------------------------------------------------------------------------------------------
 
 
-class OnePassTrainer:
-    """In front of VimpoTrainer: a step without a pass before the update, where `passes` says so."""
+class OnePassTrainer(VimpoTrainer):
+    """VIMPO's trainer with a step without a pass before the update, where `passes` says so."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.start_passes()
-
-    def start_passes(self) -> None:
-        """Decide, and begin without statistics."""
-        self.passes, self.before, self.takes_one_pass = self._decide_passes(), None, False
+    def set_up_estimator(self) -> None:
+        """As VimpoTrainer's; decides between one pass and two, and begins without statistics."""
+        super().set_up_estimator()
+        self.passes, self.takes_one_pass = self._decide_passes(), False
+        self.before: Statistics | None = None  # of the batch before
         self.trained_advantages: dict[str, float] = {}
         self.several_updates_said = False
-        print(f"vimpo_verl: {self.passes}", flush=True)
+
+    def settings(self) -> str:
+        """As FamilyTrainer's, with what `passes` has come to."""
+        return f"{super().settings()}, {self.passes}"
 
     def _decide_passes(self) -> Passes:
         passes = decide(self.config, self.knobs)
@@ -116,11 +120,11 @@ class OnePassTrainer:
         data = tq.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores", "response_mask", "uid"]
         )
-        self._require_sound_rewards(batch, data["rm_scores"])
+        self.require_sound_rewards(batch, data["rm_scores"])
         self._put_rows(batch, data)
         return BatchBefore(
             before=self.before,
-            is_padding=torch.tensor(self._is_padding(batch)),
+            is_padding=torch.tensor(is_padding(batch)),
             config=self.run_beta.config,
             actor_loss_weight=aggregation_weight(self.config, data["response_mask"].to_padded_tensor(0)),
         )
@@ -128,9 +132,9 @@ class OnePassTrainer:
     def _put_rows(self, batch: KVBatchMeta, data: TensorDict) -> None:
         """What the update needs of each sequence, in the order of the batch."""
         number: dict[str, int] = {}
-        group = [number.setdefault(uid, len(number)) for uid in data["uid"].tolist()]
+        group = [number.setdefault(uid, len(number)) for uid in tu.get(data, "uid")]
         outcome = [row.sum().item() for row in data["rm_scores"].unbind()]
-        is_real = [float(not is_padding) for is_padding in self._is_padding(batch)]
+        is_real = [float(not added) for added in is_padding(batch)]
         fields = {
             ROW: torch.arange(len(batch)),
             GROUP: torch.tensor(group),
@@ -167,13 +171,13 @@ class OnePassTrainer:
         if self.takes_one_pass:
             metrics.update(self.trained_advantages)
 
-    def _save_state(self, folder: Path) -> None:
-        super()._save_state(folder)
+    def save_state(self, folder: Path) -> None:
+        super().save_state(folder)
         if self.before is not None:
             save(self.before, folder)
 
-    def _load_state(self, folder: Path) -> None:
-        super()._load_state(folder)
+    def load_state(self, folder: Path) -> None:
+        super().load_state(folder)
         self.before = load(folder)
         if self.passes.one and self.before is None:
             print(

@@ -29,8 +29,15 @@ def decide(config: Any, knobs: VimpoConfig) -> Passes:
         return Passes(True, "algorithm.rollout_correction.bypass_mode=True")
     if knobs.passes != "auto":
         return Passes(knobs.passes == "one", f"{SECTION}.passes={knobs.passes}")
-    obstacle = next(_obstacles(config), None)
+    obstacle = next(_obstacles(config), None) or _untried(knobs)
     return Passes(obstacle is None, obstacle or "one update a batch")
+
+
+def _untried(knobs: VimpoConfig) -> str | None:
+    """Why `auto` keeps to two passes where one would be the same but for the batch that the statistics are of."""
+    if knobs.use_actor and knobs.actor_coeff != 0:
+        return f"with the actor loss {SECTION}.passes=one is to be asked for"
+    return None
 
 
 def problems(config: Any, knobs: VimpoConfig) -> list[str]:
