@@ -242,6 +242,7 @@ def run_one_pass_step(
     with recorded_gradients(engine, gradients):
         output = workers.actor.train_mini_batch(data)
     metrics = reduce_metrics(dict(output["metrics"])) if output is not None else {}
+    metrics = {name.removeprefix("of_batch/"): value for name, value in metrics.items()}
     return StepResult({}, batch, gradients, parameters_of(engine), {**batch.metrics, **metrics})
 
 

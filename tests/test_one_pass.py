@@ -141,7 +141,7 @@ def test_the_entropy_is_that_of_the_old_pass(models):
     setting, samples = Setting(), make_samples()
     two, one = run_step(models, setting, samples), run_one_pass_step(models, setting, samples)
     entropy, mask = torch.cat(two.per_token["entropy"]), torch.tensor([m for s in samples for m in s.mask]).bool()
-    assert one.metrics["entropy"] == pytest.approx(entropy[mask].mean().item(), rel=1e-6)
+    assert one.metrics["actor/entropy"] == pytest.approx(entropy[mask].mean().item(), rel=1e-6)
 
 
 def test_without_a_batch_before_there_is_no_actor_loss(models):
@@ -167,7 +167,7 @@ def test_ranks_change_nothing(models, ranks, sp_size):
     one = run_one_pass_step(models, setting, samples)
     found = run_on_ranks(ranks, on_a_rank, models, replace(setting, sp_size=sp_size), samples)
     assert_same_gradients(found[0].gradients, one.gradients, 1e-5)
-    assert_same_metrics(found[0].metrics, one.metrics, BATCH_METRICS | UPDATE_METRICS | {"entropy"})
+    assert_same_metrics(found[0].metrics, one.metrics, BATCH_METRICS | UPDATE_METRICS | {"actor/entropy"})
     for name in BATCH_METRICS & one.metrics.keys():
         if sp_size == 1:
             assert found[1].metrics[name] == found[0].metrics[name], name
@@ -314,7 +314,11 @@ SAME_BY_DESIGN = {
     "the actor loss": ((), False, "with the actor loss"),
     "mini-batches": (("actor_rollout_ref.actor.ppo_mini_batch_size=2",), False, "several updates a batch"),
     "epochs": (("actor_rollout_ref.actor.ppo_epochs=2",), False, "actor.ppo_epochs=2"),
-    "rollout log-probs": (("actor_rollout_ref.rollout.calculate_log_probs=True",), False, "calculate_log_probs"),
+    "importance weights": (
+        ("+algorithm.vimpo.use_actor=false", "algorithm.rollout_correction.rollout_is=token"),
+        False,
+        "rollout_is=token",
+    ),
     "bypass": (BYPASS, True, "bypass_mode"),
     "asked for two": (("+algorithm.vimpo.passes=two",), False, "passes=two"),
     "asked for one": (("+algorithm.vimpo.passes=one",), True, "passes=one"),

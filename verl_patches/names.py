@@ -16,3 +16,4 @@ GROUP = "vimpo_group"  # [B], the number of the prompt
 OUTCOME = "vimpo_outcome"  # [B], the reward of the sequence
 # What the update's forward returns then beside verl's own log_probs, nested over prompt and response, without gradients.
 POLICY_LOG_PROBS, POLICY_ENTROPY = "policy_log_probs", "policy_entropy"
+OF_BATCH = "of_batch/"  # before the names of metrics of the whole batch that the update returns

@@ -9,7 +9,9 @@ update's hook runs the reference on each micro-batch, and the loss goes on from 
 is put together in the worker, and comes back as metrics, of which the next batch's statistics are a part.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,18 @@ from verl.utils import tensordict_utils as tu
 
 from verl_patches.family_trainer import is_padding
 from verl_patches.loss_aggregation import aggregation_weight, mini_batch_size
-from verl_patches.names import ADVANTAGE_MEAN, ADVANTAGE_STD, GROUP, IS_REAL, LAM, ONE_PASS, OUTCOME, ROW, STEP
+from verl_patches.names import (
+    ADVANTAGE_MEAN,
+    ADVANTAGE_STD,
+    GROUP,
+    IS_REAL,
+    LAM,
+    OF_BATCH,
+    ONE_PASS,
+    OUTCOME,
+    ROW,
+    STEP,
+)
 from verl_patches.passes import Passes, bypasses_old_log_probs, decide
 from verl_patches.trainer import VimpoTrainer
 from vimpo_verl.beta import STATE
@@ -146,7 +159,8 @@ class OnePassTrainer(VimpoTrainer):
         )
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        batch = super()._compute_advantage(batch, metrics)
+        with _without_rollout_correction(self.config.algorithm, self.takes_one_pass):
+            batch = super()._compute_advantage(batch, metrics)
         if self.takes_one_pass:
             known = self.before is not None and self.before.says_something
             mean, std = (self.before.advantage_mean, self.before.advantage_std) if known else (0.0, -1.0)
@@ -159,10 +173,12 @@ class OnePassTrainer(VimpoTrainer):
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._update_actor(batch, metrics)
         if self.takes_one_pass:
+            prefix = f"actor/{OF_BATCH}"  # verl puts "actor/" before a worker's metrics
+            names = [name for name in metrics if name.startswith(prefix)]
+            found = {name.removeprefix(prefix): metrics.pop(name) for name in names}
+            self.trained_advantages = {n: value for n, value in found.items() if n.startswith("critic/")}
+            metrics.update({n: value for n, value in found.items() if n not in self.trained_advantages})
             self.before = Statistics.of_metrics(metrics)
-            prefix = "actor/critic/"  # verl puts "actor/" before a worker's metrics
-            found = {name: metrics.pop(name) for name in list(metrics) if name.startswith(prefix)}
-            self.trained_advantages = {name.removeprefix("actor/"): value for name, value in found.items()}
         return batch
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args, **kwargs) -> None:
@@ -184,3 +200,17 @@ class OnePassTrainer(VimpoTrainer):
                 f"vimpo_verl: the checkpoint {folder} has no statistics of its last batch: the first step has no actor loss",
                 flush=True,
             )
+
+
+@contextlib.contextmanager
+def _without_rollout_correction(algorithm: Any, in_force: bool) -> Iterator[None]:
+    """verl's trainer measures the rollout by the old log-probs, which are not there yet: the update does it then."""
+    if not in_force or "rollout_correction" not in algorithm:
+        yield
+        return
+    asked = algorithm.rollout_correction
+    algorithm.rollout_correction = None
+    try:
+        yield
+    finally:
+        algorithm.rollout_correction = asked

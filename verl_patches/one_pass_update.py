@@ -12,6 +12,7 @@ from torch import Tensor
 from verl.utils import tensordict_utils as tu
 from verl.workers.utils.padding import no_padding_2_padding
 
+from verl_patches import rollout_gap
 from verl_patches.finite import first_non_finite
 from verl_patches.loss_aggregation import aggregate_sums
 from verl_patches.names import (
@@ -21,6 +22,7 @@ from verl_patches.names import (
     GROUP,
     IS_REAL,
     LAM,
+    OF_BATCH,
     ONE_PASS,
     OUTCOME,
     POLICY_ENTROPY,
@@ -48,7 +50,9 @@ class OnePassUpdate:
     """
 
     def __init__(self, knobs: VimpoConfig, sequences: int):
-        self.knobs, self.sequences, self.parts = knobs, sequences, []
+        self.knobs, self.sequences = knobs, sequences
+        self.parts: list[one_pass.SequenceSums] = []
+        self.gaps: list[rollout_gap.Gap] = []
 
     @torch.no_grad()
     def complete(self, model_output: dict[str, Tensor], data: TensorDict) -> TensorDict:
@@ -82,7 +86,8 @@ class OnePassUpdate:
             _raise_not_finite(
                 data, mask, log_prob=log_prob, ref_log_prob=ref_log_prob, token_kl=token_kl, value=found.raw
             )
-        self._record(found, mask, data, token_kl, entropy)
+        if sum(len(part.tokens) for part in self.parts) < self.sequences:  # else it is a later epoch
+            self._record(found, mask, data, log_prob, token_kl, entropy)
         completed = data.copy()
         completed["ref_log_prob"], completed["token_kl"], completed["advantages"] = (
             ref_log_prob,
@@ -94,37 +99,49 @@ class OnePassUpdate:
         return completed
 
     def _record(
-        self, found: one_pass.Advantages, mask: Tensor, data: TensorDict, token_kl: Tensor, entropy: Tensor
+        self,
+        found: one_pass.Advantages,
+        mask: Tensor,
+        data: TensorDict,
+        log_prob: Tensor,
+        token_kl: Tensor,
+        entropy: Tensor,
     ) -> None:
-        if sum(len(part.tokens) for part in self.parts) >= self.sequences:
-            return  # a later epoch
-        self.parts.append(
-            one_pass.sequence_sums(
-                found,
-                mask,
-                group=data[GROUP],
-                is_real=data[IS_REAL],
-                outcome=data[OUTCOME],
-                target=target_of(data["returns"].to_padded_tensor(0), mask),
-                token_kl=token_kl,
-                entropy=entropy,
-            )
+        sums = one_pass.sequence_sums(
+            found,
+            mask,
+            group=data[GROUP],
+            is_real=data[IS_REAL],
+            outcome=data[OUTCOME],
+            target=target_of(data["returns"].to_padded_tensor(0), mask),
+            token_kl=token_kl,
+            entropy=entropy,
         )
+        self.parts.append(sums)
+        if "rollout_log_probs" in data.keys():
+            self.gaps.append(rollout_gap.gap(log_prob, data["rollout_log_probs"].to_padded_tensor(0), mask))
 
     def metrics(self, data: TensorDict, actor_config: Any, group: Any) -> dict[str, float]:
-        """Of the whole batch, the same on every rank: see `one_pass.metrics`; and verl's "entropy".
+        """Of the whole batch, the same on every rank, under OF_BATCH: those of `one_pass.metrics`, verl's entropy of the
+        policy and, where there are the rollout's log-probs, verl's distances from them.
 
         Args:
             data: the batch that was trained on.
             actor_config: verl's, for its loss_agg_mode.
             group: the data-parallel process group.
         """
-        parts = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(parts, one_pass.cat(self.parts), group=group)
-        sums = one_pass.cat(parts)
-        beta = tu.get_non_tensor_data(data, BETA, None)
+        sums, beta = _of_all_ranks(self.parts, group), tu.get_non_tensor_data(data, BETA, None)
         found = one_pass.metrics(sums, self.knobs, beta, _before(data))
-        return {**found, "entropy": aggregate_sums(actor_config, sums.entropy, sums.tokens)}
+        found["actor/entropy"] = aggregate_sums(actor_config, sums.entropy, sums.tokens)
+        if self.gaps:
+            found |= rollout_gap.metrics(_of_all_ranks(self.gaps, group))
+        return {OF_BATCH + name: value for name, value in found.items()}
+
+
+def _of_all_ranks(parts: list[one_pass.Sums], group: Any) -> one_pass.Sums:
+    of_ranks = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(of_ranks, one_pass.cat(parts), group=group)
+    return one_pass.cat(of_ranks)
 
 
 def _before(data: TensorDict) -> tuple[float, float] | None:

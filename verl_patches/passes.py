@@ -60,7 +60,7 @@ def bypasses_old_log_probs(config: Any) -> bool:
 
 def _obstacles(config: Any) -> Iterator[str]:
     """Why one pass would not be the same as two."""
-    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    actor = config.actor_rollout_ref.actor
     updates = config.data.train_batch_size / actor.ppo_mini_batch_size
     if updates > 1:
         yield (
@@ -69,8 +69,10 @@ def _obstacles(config: Any) -> Iterator[str]:
         )
     if actor.ppo_epochs > 1:
         yield f"actor.ppo_epochs={actor.ppo_epochs}: after the first epoch the policy is not the one before the update"
-    if rollout.get("calculate_log_probs", False):
-        yield (
-            "rollout.calculate_log_probs=True: verl compares the rollout's log-probs with those of the pass before the update "
-            "and corrects by them"
-        )
+    correction = config.algorithm.get("rollout_correction") or {}
+    for name in ("rollout_is", "rollout_rs"):
+        if correction.get(name) is not None:
+            yield (
+                f"algorithm.rollout_correction.{name}={correction.get(name)}: it compares the rollout's log-probs with those "
+                "of the pass before the update"
+            )

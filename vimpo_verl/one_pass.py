@@ -9,7 +9,7 @@ each update leaves a few sums a sequence (`SequenceSums`), of which the next bat
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 from vimpo_verl import functional as F
 from vimpo_verl.config import VimpoConfig
 from vimpo_verl.summary import Moments, Summary
+
+Sums = TypeVar("Sums", bound=tuple)
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,9 @@ def _extreme(tensor: Tensor, of: Callable, where_empty: float) -> Tensor:
     return of(tensor, -1).double()
 
 
-def cat(parts: Sequence[SequenceSums]) -> SequenceSums:
-    """Those of several micro-batches or ranks as one, on the CPU."""
-    return SequenceSums(*(torch.cat([tensor.cpu() for tensor in column]) for column in zip(*parts, strict=True)))
+def cat(parts: Sequence[Sums]) -> Sums:
+    """Those of several micro-batches or ranks as one, on the CPU: of SequenceSums or another tuple of tensors [B]."""
+    return type(parts[0])(*(torch.cat([tensor.cpu() for tensor in column]) for column in zip(*parts, strict=True)))
 
 
 def metrics(
