@@ -338,14 +338,13 @@ def clipped_value_loss(
     response_mask: Tensor,
     beta: float,
     *,
-    clip_low: float,
-    clip_high: float,
+    clip: float,
     loss_type: str = "squared_error",
     huber_delta: float = 0.5,
 ) -> Tensor:
     """L_V for several updates a batch: the number is that of `value_loss`, its gradient goes through PPO's clipped ratio.
 
-        grad L_i = grad beta sum_t max( r_t e_i, clip(r_t, 1 - clip_low, 1 + clip_high) e_i )
+        grad L_i = grad beta sum_t max( r_t e_i, min(max(r_t, 1 - clip), 1 + clip) e_i )
         r_t = pi_theta / pi_old,   e_i = S_i - (R - V0), stopped (with huber, within +- huber_delta)
 
     Where r_t = 1, as in the first update of a batch, this is the gradient of `value_loss`: beta e_i sum_t grad log pi. Later
@@ -355,17 +354,15 @@ def clipped_value_loss(
     Args:
         log_prob, ref_log_prob, token_kl, target, response_mask, beta, loss_type, huber_delta: as for `value_loss`.
         old_log_prob: [B, T], in nats, of the policy that the ratio is to, as PPO's. Detached.
-        clip_low, clip_high: >= 0, PPO's clip range.
+        clip: > 0, how far r_t may be from 1 before a token is pushed no further.
 
     Returns:
         [B]; the caller averages over the sequences of the global mini-batch. float32 for half precision inputs.
 
     Raises:
-        ValueError: as `value_loss`, old_log_prob does not fit, or a clip range is not a number >= 0.
+        ValueError: as `value_loss`, old_log_prob does not fit, or clip is not a positive number.
     """
-    for name, number in (("clip_low", clip_low), ("clip_high", clip_high)):
-        if not (isinstance(number, Real) and 0.0 <= number < float("inf")):
-            raise ValueError(f"{name} must be a number >= 0, got {number!r}")
+    require_positive(clip=clip)
     valid = valid_tokens(response_mask, log_prob=log_prob, old_log_prob=old_log_prob)
     loss = value_loss(
         log_prob.detach(), ref_log_prob, token_kl, target, valid, beta, loss_type=loss_type, huber_delta=huber_delta
@@ -375,7 +372,7 @@ def clipped_value_loss(
     if loss_type == "huber":
         error = error.clamp(-huber_delta, huber_delta)
     ratio = zero_where_masked(accumulating(log_prob) - accumulating(old_log_prob.detach()), valid).exp()
-    pushes = torch.maximum(ratio * error, ratio.clamp(1 - clip_low, 1 + clip_high) * error)
+    pushes = torch.maximum(ratio * error, ratio.clamp(1 - clip, 1 + clip) * error)
     surrogate = beta * zero_where_masked(pushes, valid).sum(-1)
     return loss + surrogate - surrogate.detach()
 
