@@ -44,6 +44,8 @@ class VimpoConfig(Timeouts):
         use_actor: False trains with the value loss alone.
         value_loss_type: "squared_error" (the paper's) or "huber".
         huber_delta: where huber turns linear, in units of reward; > 0.
+        value_clip: from the second update of a batch on, how far a token's ratio to the old policy may be from 1 before L_V
+            pushes it no further, > 0; None: the paper's L_V, which knows no ratio. The same for one update a batch.
         baseline: V0: "group_mean" (the paper's), "leave_one_out" or "shrunk", to the mean of the batch's other prompts.
         baseline_cap: upper bound of V0, or None.
         stage_timeout, validation_timeout, startup_timeout: see Timeouts.
@@ -61,12 +63,13 @@ class VimpoConfig(Timeouts):
     use_actor: bool = True
     value_loss_type: str = "squared_error"
     huber_delta: float = 0.5
+    value_clip: float | None = 0.2
     baseline: str = "group_mean"
     baseline_cap: float | None = None
 
 
 # The paper's recipe where it differs from the defaults (section 5: beta = 5e-4, c_A = 5e-3, no trust factor).
-PAPER_RECIPE = {"beta": 5e-4, "actor_coeff": 5e-3, "actor_trust": False}
+PAPER_RECIPE = {"beta": 5e-4, "actor_coeff": 5e-3, "actor_trust": False, "value_clip": None}
 
 
 def parse_config(section: Mapping[str, Any] | None) -> tuple[VimpoConfig, list[str]]:
@@ -116,6 +119,13 @@ def _number_or_none(value: Any) -> tuple[str, Any]:
     return ("", None) if value is None else _cap(value)
 
 
+def _clip(value: Any) -> tuple[str, Any]:
+    if value is None:
+        return "", None
+    complaint, number = _positive(value)
+    return ("write a number greater than 0, or null for the paper's loss without a ratio" if complaint else ""), number
+
+
 def _kl_estimator(value: Any) -> tuple[str, Any]:
     if value == "k1":
         return (
@@ -138,6 +148,7 @@ _CHECKS = {
     "use_actor": flag,
     "value_loss_type": one_of(*VALUE_LOSS_TYPES),
     "huber_delta": _positive,
+    "value_clip": _clip,
     "baseline": one_of(*BASELINES),
     "baseline_cap": _number_or_none,
     **timeouts.CHECKS,

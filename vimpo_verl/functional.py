@@ -342,14 +342,16 @@ def clipped_value_loss(
     loss_type: str = "squared_error",
     huber_delta: float = 0.5,
 ) -> Tensor:
-    """L_V for several updates a batch: the number is that of `value_loss`, its gradient goes through PPO's clipped ratio.
+    """L_V for several updates a batch: the number is that of `value_loss`, its gradient knows the ratio to the old policy.
 
-        grad L_i = grad beta sum_t max( r_t e_i, min(max(r_t, 1 - clip), 1 + clip) e_i )
-        r_t = pi_theta / pi_old,   e_i = S_i - (R - V0), stopped (with huber, within +- huber_delta)
+        grad L_i = beta e_i sum_t w_t grad log pi_theta(y_t|s_t),   e_i = S_i - (R - V0) (with huber, within +- huber_delta)
+        w_t = min(r_t, 1 + clip),   r_t = pi_theta / pi_old;   0 where the push goes on beyond the range, as PPO's clip:
+              e_i > 0 and r_t < 1 - clip,  or  e_i < 0 and r_t > 1 + clip
 
-    Where r_t = 1, as in the first update of a batch, this is the gradient of `value_loss`: beta e_i sum_t grad log pi. Later
-    updates need the ratio: without it an answer that turned out wrong is pushed down until its log-ratio is (R - V0) / beta,
-    however unlikely it has become (docs/method.md, "Several updates a batch").
+    Where r_t = 1, as in the first update of a batch, this is the gradient of `value_loss`. Later updates need the ratio:
+    without it an answer that turned out wrong is pushed down until its log-ratio is (R - V0) / beta, however unlikely it
+    has become (docs/method.md, "Several updates a batch"). The bound on w_t is for tokens that have become likelier, whose
+    ratio knows no bound.
 
     Args:
         log_prob, ref_log_prob, token_kl, target, response_mask, beta, loss_type, huber_delta: as for `value_loss`.
@@ -371,9 +373,11 @@ def clipped_value_loss(
     error = td.sum(-1, keepdim=True) - accumulating(target.detach()).unsqueeze(-1)
     if loss_type == "huber":
         error = error.clamp(-huber_delta, huber_delta)
-    ratio = zero_where_masked(accumulating(log_prob) - accumulating(old_log_prob.detach()), valid).exp()
-    pushes = torch.maximum(ratio * error, ratio.clamp(1 - clip, 1 + clip) * error)
-    surrogate = beta * zero_where_masked(pushes, valid).sum(-1)
+    log_prob = zero_where_masked(accumulating(log_prob), valid)
+    ratio = (log_prob.detach() - zero_where_masked(accumulating(old_log_prob.detach()), valid)).exp()
+    goes_on_beyond = ((error > 0) & (ratio < 1 - clip)) | ((error < 0) & (ratio > 1 + clip))
+    weight = torch.where(goes_on_beyond, 0.0, ratio.clamp(max=1 + clip))
+    surrogate = beta * (weight * error * log_prob).sum(-1)
     return loss + surrogate - surrogate.detach()
 
 
