@@ -46,6 +46,7 @@ REUSE_TRIALS: dict[str, list[Setting]] = {
     "KL in the reward": scheduled("kl_in_reward", coeff=0.5),
     "VIMPO, value loss": scheduled("vimpo", coeff=0.5),
     "VIMPO, clipped": scheduled("vimpo", coeff=0.5, form="clipped"),
+    "VIMPO, clipped, old kappa": scheduled("vimpo", coeff=0.5, form="clipped", kappa="old"),
 }
 
 # Condition -> what it changes of the centre, and the trials.
@@ -54,7 +55,13 @@ CONDITIONS: dict[str, tuple[dict, dict[str, list[Setting]]]] = {
     "noise_30": ({"flip_prob": 0.3}, TRIALS),
     "clean": ({"batches": 40}, TRIALS),
     "reuse": ({"batches": 20}, REUSE_TRIALS),
+    "needles": ({"task": "needles", "tokens": 64}, TRIALS),
 }
+
+# The setting of a published table (arXiv 2604.06159): token reversal from nothing, 2,000 updates at one learning rate.
+PUBLISHED = {
+    "task": "reversal", "lr": 1e-4, "batches": 500, "updates": 4, "prompts": 100, "responses": 8
+}  # fmt: skip
 
 
 def label_of(setting: Setting) -> str:
@@ -63,6 +70,7 @@ def label_of(setting: Setting) -> str:
         return "GRPO, KL loss" if setting.coeff > 0 else "GRPO"
     if setting.arm == "vimpo":
         value_loss = "VIMPO, clipped" if setting.form == "clipped" else "VIMPO, value loss"
+        value_loss += ", old kappa" if setting.kappa == "old" else ""
         return "VIMPO, actor 0.1" if setting.alpha > 0 else value_loss
     return {"rloo": "RLOO", "kl_in_reward": "KL in the reward", "vimpo_paper": "VIMPO, paper's constants"}.get(
         setting.arm, setting.arm
@@ -119,5 +127,20 @@ def axis(name: str) -> list[Setting]:
 GRIDS: dict[str, Callable[[], list[Setting]]] = {
     **{f"tune_{condition}": lambda condition=condition: tuning(condition) for condition in CONDITIONS},
     **{condition: lambda condition=condition: headline(condition) for condition in CONDITIONS},
+    "reversal": lambda: each(
+        [Setting("grpo"), Setting("grpo", coeff=0.1), Setting("vimpo", coeff=0.5, form="clipped")],
+        range(1, 6),
+        **{**PUBLISHED, "tokens": 8},
+    ),
+    # Is there anything to compare? Not here: see docs/study.md.
+    "path_star": lambda: each(
+        [
+            Setting(arm, lr=lr, coeff=coeff)
+            for lr in (3e-5, 1e-4, 2e-4)
+            for arm, coeff in (("oracle", 0.0), ("grpo", 0.0), ("vimpo", 0.5))
+        ],
+        range(1, 4),
+        task="path_star",
+    ),
     **{f"axis_{name}": lambda name=name: axis(name) for name in AXES},
 }
