@@ -38,7 +38,7 @@ def test_papers_recipe_is_written_as_the_code_has_it():
     options = re.findall(
         r"\+algorithm\.vimpo\.(\w+)=(\S+)", CONFIGURATION.split("## The paper's recipe")[1].split("##")[0]
     )
-    given = {"true": True, "false": False}
+    given = {"true": True, "false": False, "null": None}
     config, problems = parse_config({name: given.get(value, value) for name, value in options})
     assert not problems
     assert config == VimpoConfig(**PAPER_RECIPE)

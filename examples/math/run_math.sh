@@ -199,6 +199,7 @@ case $ALGO in
         ALGORITHM=(
             algorithm.adv_estimator=vimpo
             +algorithm.vimpo.beta=5e-4 +algorithm.vimpo.actor_coeff=5e-3 +algorithm.vimpo.actor_trust=false
+            +algorithm.vimpo.value_clip=null
         )
         ;;
     grpo) ALGORITHM=(algorithm.adv_estimator=grpo) ;;
