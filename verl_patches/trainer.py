@@ -28,8 +28,11 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 from verl_patches.checkpoints import CheckpointedTrainer
+from verl_patches.family_switch import budget_of, is_v05, prior_of
 from verl_patches.loss_aggregation import aggregation_weight, mini_batch_size
+from verl_patches.prior_state import PriorTrainer
 from verl_patches.reward_noise import with_reward_noise
+from verl_patches.rollout_budget import BudgetedTrainer
 from verl_patches.run_beta import RunBeta
 from verl_patches.switch import is_vimpo, knobs_of
 from verl_patches.value_branch import ACTOR_COEFF, BETA, IS_REAL
@@ -79,7 +82,20 @@ def trainer_class(trainer: type, config: Any) -> type:
                 "joint pass takes its place. Remove it from that class, or move what it does to another step"
             )
         trainer = type(f"Vimpo{trainer.__name__}", (WatchedTrainer, CheckpointedTrainer, VimpoTrainer, trainer), {})
-    return with_reward_noise(trainer, config)
+    return with_reward_noise(with_family(trainer, config), config)
+
+
+def with_family(trainer: type, config: Any) -> type:
+    """`trainer` with the parts in front that V0.5, rollouts on demand and priors ask for; itself where none is asked for."""
+    from verl_patches.v05 import V05Trainer
+
+    asked = {
+        PriorTrainer: prior_of(config)[0] is not None,
+        BudgetedTrainer: budget_of(config)[0] is not None,
+        V05Trainer: is_v05(config),
+    }
+    parts = tuple(part for part, is_asked in asked.items() if is_asked and not issubclass(trainer, part))
+    return type(f"Family{trainer.__name__}", (*parts, trainer), {}) if parts else trainer
 
 
 class VimpoTrainer:
@@ -188,6 +204,7 @@ class VimpoTrainer:
             config=self.run_beta.config,
             lam=self.config.algorithm.lam,
             actor_loss_weight=aggregation_weight(self.config, padded["response_mask"]),
+            prior=getattr(self, "batch_prior", None),
         )
         with joint_pass_output(output):
             batch = super()._compute_advantage(batch, metrics)

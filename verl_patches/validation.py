@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-from verl_patches import recipe_checks, seams
+from verl_patches import family_checks, recipe_checks, seams
 from verl_patches.functions import wrap
 from verl_patches.switch import is_vimpo, knobs_of, noise_of
 from vimpo_verl import __version__
@@ -33,6 +33,8 @@ def _validate_config(verls: Callable, config: Any, *args, **kwargs) -> None:
         print(f"vimpo_verl {__version__}: loaded, inert (algorithm.adv_estimator={config.algorithm.adv_estimator})")
         _refuse(f"{NOISE_SECTION} cannot run with this configuration", _noise_problems(config))
         _announce_noise(config)
+        _refuse("this configuration cannot run", _family_problems(config))
+        family_checks.carry_to_workers(config)
     else:
         prepare(config)
     return verls(config, *args, **kwargs)
@@ -51,11 +53,13 @@ def prepare(config: Any) -> VimpoConfig:
         ValueError: listing every problem at once.
     """
     knobs, knob_problems = knobs_of(config)
-    found = knob_problems + recipe_checks.problems(config) + _seams_not_in_force(seams.SEAMS) + _noise_problems(config)
+    found = knob_problems + recipe_checks.problems(config) + _seams_not_in_force(_everyones()) + _noise_problems(config)
+    found += _family_problems(config)
     _refuse("algorithm.adv_estimator=vimpo cannot run with this configuration", list(dict.fromkeys(found)))
     for warning in recipe_checks.warnings(config, knobs) + _version_warning():
         logger.warning("vimpo_verl: %s", warning)
     _carry_to_workers(config, knobs)
+    family_checks.carry_to_workers(config)
     print(f"vimpo_verl {__version__}: VIMPO accepted with this configuration: {knobs}, lam={config.algorithm.lam}")
     _announce_noise(config)
     return knobs
@@ -71,14 +75,24 @@ def _noise_problems(config: Any) -> list[str]:
     """What stands in the way of the reward noise that `config` asks for; nothing where it asks for none."""
     if config.algorithm.get("reward_noise") is None:
         return []
-    needed = [seam for seam in seams.SEAMS if seam.module == "verl.trainer.ppo.v1"]
+    needed = [seam for seam in _everyones() if seam.module == "verl.trainer.ppo.v1"]
     return noise_of(config)[1] + recipe_checks.noise_problems(config) + _seams_not_in_force(needed)
+
+
+def _family_problems(config: Any) -> list[str]:
+    """What stands in the way of the V0.5, rollouts on demand and priors that `config` asks for."""
+    return family_checks.problems(config) + _seams_not_in_force(family_checks.needed_seams(config))
 
 
 def _announce_noise(config: Any) -> None:
     noise, _ = noise_of(config)
     if noise.flip_prob > 0:
         print(f"vimpo_verl {__version__}: reward noise accepted with this configuration: {noise}")
+
+
+def _everyones() -> list[seams.Seam]:
+    """The seams that VIMPO itself needs."""
+    return [seam for seam in seams.SEAMS if seam.name not in family_checks.SEAMS]
 
 
 def _seams_not_in_force(needed: Iterable[seams.Seam]) -> list[str]:
