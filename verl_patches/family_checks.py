@@ -52,8 +52,12 @@ def needed_seams(config: Any) -> list[seams.Seam]:
 
 def carry_to_workers(config: Any) -> None:
     """Name the agent loop manager that knows the budget, by verl's own key. Changes `config`."""
+    from omegaconf import open_dict
+
     if budget_of(config)[0] is not None:
-        config.actor_rollout_ref.rollout.agent.agent_loop_manager_class = MANAGER
+        agent = config.actor_rollout_ref.rollout.agent
+        with open_dict(agent):
+            agent.agent_loop_manager_class = MANAGER
 
 
 def _who(config: Any) -> str:
