@@ -213,7 +213,7 @@ def test_validation_has_its_own_number(monkeypatch):
 
 
 def test_the_manager_makes_these_workers():
-    from verl_patches.family_checks import MANAGER
+    from verl_patches.group_checks import MANAGER
     from verl_patches.rollout_budget import BudgetedAgentLoopManager, BudgetedAgentLoopWorker
 
     assert MANAGER == f"{BudgetedAgentLoopManager.__module__}.{BudgetedAgentLoopManager.__qualname__}"

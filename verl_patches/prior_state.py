@@ -21,7 +21,7 @@ from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torch import Tensor
 from transfer_queue import KVBatchMeta
 
-from verl_patches.family_switch import prior_of
+from verl_patches.group_switch import prior_of
 from vimpo_verl import __version__
 from vimpo_verl.prior import SECTION, STATE, PastRewards, Prior, PriorConfig, prior_metrics
 

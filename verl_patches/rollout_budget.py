@@ -30,8 +30,8 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
-from verl_patches.family_checks import MANAGER
-from verl_patches.family_switch import budget_of
+from verl_patches.group_checks import MANAGER
+from verl_patches.group_switch import budget_of
 from verl_patches.prior_state import PRIOR
 from vimpo_verl import __version__
 from vimpo_verl.rollout_budget import SECTION, PromptBudget, budget_metrics

@@ -2,19 +2,16 @@
 
 from typing import Any
 
-from verl_patches.switch import _section as section
-from verl_patches.switch import is_vimpo, knobs_of
+from verl_patches.switch import knobs_of, section_of
 from vimpo_verl import prior, rollout_budget
 from vimpo_verl.baselines import WITH_PRIOR
 from vimpo_verl.prior import PriorConfig
 from vimpo_verl.rollout_budget import RolloutBudgetConfig
 
-V05 = "v05"
-
 
 def is_v05(config: Any) -> bool:
     """Whether verl's configuration (a DictConfig) asks for V0.5."""
-    return config.algorithm.get("adv_estimator") == V05
+    return config.algorithm.get("adv_estimator") == "v05"
 
 
 def budget_of(config: Any) -> tuple[RolloutBudgetConfig | None, list[str]]:
@@ -22,7 +19,7 @@ def budget_of(config: Any) -> tuple[RolloutBudgetConfig | None, list[str]]:
 
     It is on with V0.5, and with any other estimator where the section is there.
     """
-    given = section(config, "rollout_budget")
+    given = section_of(config, "rollout_budget")
     if given is None and not is_v05(config):
         return None, []
     knobs, problems = rollout_budget.parse_config(given)
@@ -31,7 +28,7 @@ def budget_of(config: Any) -> tuple[RolloutBudgetConfig | None, list[str]]:
 
 def prior_of(config: Any) -> tuple[PriorConfig | None, list[str]]:
     """The knobs under algorithm.prior, None where nothing needs a prior; and the problems found in them."""
-    given = section(config, "prior")
+    given = section_of(config, "prior")
     knobs, problems = prior.parse_config(given)
     if needs_prior(config):
         return knobs, problems
@@ -47,4 +44,4 @@ def needs_prior(config: Any) -> bool:
     """Whether something in this run asks what a prompt's mean reward is taken to be."""
     if is_v05(config) or budget_of(config)[0] is not None:
         return True
-    return is_vimpo(config) and knobs_of(config)[0].baseline in WITH_PRIOR
+    return config.algorithm.get("adv_estimator") == "vimpo" and knobs_of(config)[0].baseline in WITH_PRIOR
