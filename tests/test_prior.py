@@ -5,12 +5,17 @@ checkpoint bit for bit; a column or a function gives it instead; and what is log
 import json
 import math
 import random
+import re
 import statistics
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from tensordict import TensorDict
 
 from vimpo_verl.prior import STATE, PastRewards, Prior, PriorConfig, parse_config, prior_metrics
+
+ROOT = Path(__file__).parent.parent
 
 
 def posterior(visits, prompt, step, discount):
@@ -95,8 +100,20 @@ def test_knobs():
     assert parse_config({"path": "a.py", "name": "f"})[0].source == "function"
     _, problems = parse_config({"path": "a.py", "column": "c", "discount": 0, "weight": -1, "colum": "c"})
     assert len(problems) == 5
-    for named in ("name a function together", "two priors", "discount=0", "weight=-1", "did you mean algorithm.prior.column"):
+    for named in (
+        "name a function together",
+        "two priors",
+        "discount=0",
+        "weight=-1",
+        "did you mean algorithm.prior.column",
+    ):
         assert any(named in problem for problem in problems), (named, problems)
+
+
+def test_the_page_has_every_knob_with_its_default():
+    table = (ROOT / "docs/configuration.md").read_text().split("| knob under `algorithm.prior`")[1].split("\n\n")[0]
+    found = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", table, flags=re.MULTILINE))
+    assert found == {field.name: str(field.default) for field in fields(PriorConfig)}
 
 
 # ---- where a run's priors come from (verl_patches.prior_state) -------------------------------------------------------
@@ -139,7 +156,9 @@ def test_a_column(run_prior):
     assert priors.of(batch_of(extra_info=[{"rate": 0.25}, {"rate": 1}]), 1) == [Prior(0.25, 3.0), Prior(1.0, 3.0)]
     assert run_prior(column="rate").of(batch_of(rate=[0.5]), 1) == [Prior(0.5, 8.0)]
     for bad in ({"rate": 1.5}, {"rate": None}, {"rate": math.nan}, {}):
-        with pytest.raises(ValueError, match="column=extra_info.rate: a prompt of step 7, row 0 .*a number from 0 to 1"):
+        with pytest.raises(
+            ValueError, match="column=extra_info.rate: a prompt of step 7, row 0 .*a number from 0 to 1"
+        ):
             priors.of(batch_of(extra_info=[bad]), 7)
     assert priors.learn([("s", {"index": 1})], [[1.0]], 1) == {}, "it learns nothing"
 

@@ -8,6 +8,9 @@ reward and the TransferQueue are not there. A whole run is in test_v05_run.py.
 
 import asyncio
 import random
+import re
+from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace as Namespace
 
 import pytest
@@ -16,6 +19,7 @@ from omegaconf import OmegaConf
 from vimpo_verl.rollout_budget import PromptBudget, RolloutBudgetConfig, budget_metrics, parse_config
 
 PAPER = RolloutBudgetConfig()
+ROOT = Path(__file__).parent.parent
 
 
 def papers_rule(rewards, prior, least=4, most=16, at_once=1):
@@ -84,7 +88,20 @@ def test_knobs():
     _, problems = parse_config({"min_rollouts": 0, "round_size": 1.5, "cost": -1, "max_rollout": 8, "enable": "yes"})
     assert len(problems) == 5 and any("did you mean algorithm.rollout_budget.max_rollouts" in p for p in problems)
     _, problems = parse_config({"max_rollouts": 3})
-    assert problems == ["algorithm.rollout_budget.min_rollouts=4 is more than max_rollouts=3: write the smaller number first"]
+    assert problems == [
+        "algorithm.rollout_budget.min_rollouts=4 is more than max_rollouts=3: write the smaller number first"
+    ]
+
+
+def test_the_page_has_every_knob_with_its_default():
+    table = (
+        (ROOT / "docs/configuration.md")
+        .read_text()
+        .split("| knob under `algorithm.rollout_budget`")[1]
+        .split("\n\n")[0]
+    )
+    found = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", table, flags=re.MULTILINE))
+    assert found == {field.name: str(field.default) for field in fields(RolloutBudgetConfig)}
 
 
 def test_metrics_of_the_budget():
@@ -216,7 +233,7 @@ def test_the_manager_makes_these_workers():
     from verl_patches.group_checks import MANAGER
     from verl_patches.rollout_budget import BudgetedAgentLoopManager, BudgetedAgentLoopWorker
 
-    assert MANAGER == f"{BudgetedAgentLoopManager.__module__}.{BudgetedAgentLoopManager.__qualname__}"
+    assert f"{BudgetedAgentLoopManager.__module__}.{BudgetedAgentLoopManager.__qualname__}" == MANAGER
     config = OmegaConf.create({"actor_rollout_ref": {"rollout": {}, "model": {}}})
     manager = BudgetedAgentLoopManager(config, llm_client=None)
     assert manager.agent_loop_workers_class.__ray_actor_class__ is BudgetedAgentLoopWorker

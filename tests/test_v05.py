@@ -121,11 +121,21 @@ REFUSED = [
     ([V05, "+algorithm.rollout_budget.max_rollout=8"], ["did you mean algorithm.rollout_budget.max_rollouts?"]),
     ([V05, "+algorithm.rollout_budget=8"], ["algorithm.rollout_budget=8 is not a section"]),
     ([V05, "+algorithm.prior.discount=2"], ["algorithm.prior.discount=2"]),
-    ([V05, "+algorithm.prior.path=/nowhere.py", "+algorithm.prior.name=f"], ["path=/nowhere.py, name=f: cannot be loaded"]),
-    ([V05, "+algorithm.reward_noise.flip_prob=0.1"], ["decided by the clean rewards"]),
-    ([V05, "algorithm.filter_groups.enable=True", "algorithm.filter_groups.metric=reward"], ["own past would miss all groups that are filtered out"]),
     (
-        [V05, "trainer.v1.trainer_mode=separate_async", "+actor_rollout_ref.rollout.agent.agent_loop_manager_class=a.B"],
+        [V05, "+algorithm.prior.path=/nowhere.py", "+algorithm.prior.name=f"],
+        ["path=/nowhere.py, name=f: cannot be loaded"],
+    ),
+    ([V05, "+algorithm.reward_noise.flip_prob=0.1"], ["decided by the clean rewards"]),
+    (
+        [V05, "algorithm.filter_groups.enable=True", "algorithm.filter_groups.metric=reward"],
+        ["own past would miss all groups that are filtered out"],
+    ),
+    (
+        [
+            V05,
+            "trainer.v1.trainer_mode=separate_async",
+            "+actor_rollout_ref.rollout.agent.agent_loop_manager_class=a.B",
+        ],
         ["trainer_mode=separate_async", "agent_loop_manager_class=a.B"],
     ),
     ([V05, "reward.reward_model.enable=True"], ["such rewards come after all answers"]),
@@ -133,7 +143,12 @@ REFUSED = [
     (["algorithm.adv_estimator=rloo", "+algorithm.rollout_budget.enable=true"], ["and not with rloo"]),
     (["+algorithm.rollout_budget.min_rollouts=20"], ["min_rollouts=20 is more than max_rollouts=16"]),
     (
-        ["algorithm.adv_estimator=vimpo", "+algorithm.vimpo.baseline=fused", "+algorithm.prior.weight=0", "algorithm.lam=2"],
+        [
+            "algorithm.adv_estimator=vimpo",
+            "+algorithm.vimpo.baseline=fused",
+            "+algorithm.prior.weight=0",
+            "algorithm.lam=2",
+        ],
         ["algorithm.prior.weight=0", "algorithm.lam=2"],
     ),
 ]
@@ -148,7 +163,9 @@ def test_what_it_cannot_run_with_is_refused_at_once(overrides, named):
 
 @pytest.mark.parametrize("baseline", ["fused", "posterior_mean"])
 def test_vimpo_takes_a_baseline_with_a_prior(baseline):
-    config = compose("algorithm.adv_estimator=vimpo", f"+algorithm.vimpo.baseline={baseline}", "+algorithm.prior.column=x")
+    config = compose(
+        "algorithm.adv_estimator=vimpo", f"+algorithm.vimpo.baseline={baseline}", "+algorithm.prior.column=x"
+    )
     validate(config)
     assert config.actor_rollout_ref.actor.policy_loss.vimpo.baseline == baseline
 

@@ -1,7 +1,7 @@
 """V0.5's part of a trainer (verl_patches.family_trainer puts it in front of verl's).
 
-Touches PPOTrainer._compute_advantage, by subclassing, and what FamilyTrainer names. Checked against verl 0.9.1; no upstream issue.
-Worker, loss and reference are verl's own. The priors are those of verl_patches.prior_state, in front of this part.
+Touches PPOTrainer._compute_advantage, by subclassing, and what FamilyTrainer names. Checked against verl 0.9.1; no upstream
+issue. Worker, loss and reference are verl's own. The priors are those of verl_patches.prior_state, in front of this part.
 """
 
 import torch

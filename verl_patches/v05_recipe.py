@@ -1,4 +1,4 @@
-"""What V0.5 needs of a verl recipe, as pure functions of verl's configuration; what its budget and prior need is in group_checks."""
+"""What V0.5 needs of a verl recipe, as pure functions of verl's configuration; its budget and prior are in group_checks."""
 
 from collections.abc import Iterator
 from typing import Any

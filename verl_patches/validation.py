@@ -18,6 +18,9 @@ from verl_patches.family import Member
 from verl_patches.functions import wrap
 from verl_patches.switch import knobs_of, member_of, noise_of
 from vimpo_verl import __version__
+from vimpo_verl.prior import SECTION as PRIOR_SECTION
+from vimpo_verl.reward_noise import SECTION as NOISE_SECTION
+from vimpo_verl.rollout_budget import SECTION as BUDGET_SECTION
 
 logger = logging.getLogger("vimpo_verl")
 
@@ -30,7 +33,9 @@ def install(config_module: ModuleType) -> None:
 def _validate_config(verls: Callable, config: Any, *args, **kwargs) -> None:
     if member_of(config) is None:
         print(f"vimpo_verl {__version__}: loaded, inert (algorithm.adv_estimator={config.algorithm.adv_estimator})")
-        _refuse("this configuration cannot run", _noise_problems(config) + _group_problems(config))
+        sections = f"{NOISE_SECTION}, {BUDGET_SECTION} or {PRIOR_SECTION}"
+        found = _noise_problems(config) + _group_problems(config)
+        _refuse(f"{sections} cannot run with this configuration", list(dict.fromkeys(found)))
         _announce_noise(config)
         group_checks.carry_to_workers(config)
     else:
