@@ -11,8 +11,8 @@ another, vLLM has the next answer of a prompt as soon as its last one has its re
 failures are verl's own. The sessions of a prompt are numbered in the order in which the rule has let them in.
 
 A batch then has any number of sequences. verl pads it to ppo_mini_batch_size * rollout.n, which may be a mini-batch that
-is nearly all placeholders; here it is cut into as many equal mini-batches as train_batch_size / ppo_mini_batch_size says, padded to
-the ranks alone.
+is nearly all placeholders; here it is cut into as many equal mini-batches as the recipe has, train_batch_size /
+ppo_mini_batch_size, padded to the ranks alone.
 """
 
 import asyncio
