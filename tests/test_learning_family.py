@@ -1,5 +1,5 @@
-"""Claim: the study's arms PACS and V0.5 are their formulas, V0.5 with the published budget; each has as many trials as the others,
-and PACS at least two updates a batch.
+"""Claim: the study's arms PACS and V0.5 are their formulas, V0.5 with the published budget; each has as many trials as the
+others, and PACS at least two updates a batch.
 """
 
 import dataclasses

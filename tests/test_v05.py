@@ -80,9 +80,9 @@ def test_without_a_prior_it_raises():
     arguments = {"token_level_rewards": torch.zeros(2, 3), "response_mask": torch.ones(2, 3), "index": np.array([0, 0])}
     with pytest.raises(RuntimeError, match="adv_estimator=v05: this batch has no prior"):
         v05_advantage(**arguments)
-    with prior_of_batch(PriorOfBatch(torch.full((3,), 0.5), torch.zeros(3).bool())):
-        with pytest.raises(ValueError, match=r"priors \[3\] do not fit"):
-            v05_advantage(**arguments)
+    of_another = PriorOfBatch(torch.full((3,), 0.5), torch.zeros(3).bool())
+    with prior_of_batch(of_another), pytest.raises(ValueError, match=r"priors \[3\] do not fit"):
+        v05_advantage(**arguments)
 
 
 # ---- in the driver ---------------------------------------------------------------------------------------------------

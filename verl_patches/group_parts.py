@@ -1,4 +1,4 @@
-"""Priors and rollouts on demand in front of a trainer, for any estimator; verl_patches.family_trainer calls it. No seam of its own."""
+"""Priors and rollouts on demand in front of a trainer, for any estimator. No seam: verl_patches.family_trainer calls it."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """The arms of VIMPO's two neighbours, and their trials: as many as any other arm has.
 
-PACS       arXiv 2509.02522, vimpo_verl.pacs, with two updates a batch or more: with one it is RLOO with weights. Its coeff is its beta.
+PACS       arXiv 2509.02522, vimpo_verl.pacs, with two updates a batch or more: with one it is RLOO with weights; coeff is beta.
 V0.5       arXiv 2603.10848: the fused baseline, and of a prompt's responses as many as its rule wants, from 4 on. A run's prompts
            never come again, so there is no own past: the prior of a prompt is the mean reward of the batch's others. It is
            given 16 responses a prompt to choose from, of which `rollouts_used` are trained on.
