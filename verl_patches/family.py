@@ -58,6 +58,14 @@ FAMILY = {
             policy_loss="verl_patches.policy_loss_config:VimpoPolicyLossConfig",
             needs_reference=True,
         ),
+        Member(
+            name="pacs",
+            title="PACS",
+            config="vimpo_verl.pacs_config:parse_config",
+            recipe="verl_patches.pacs_checks",
+            trainer="verl_patches.pacs_trainer:PacsTrainer",
+            policy_loss="verl_patches.policy_loss_config:PacsPolicyLossConfig",
+        ),
     )
 }
 
