@@ -13,7 +13,8 @@ CLIP_LOW, CLIP_HIGH, CLIP_DUAL = 0.2, 0.28, 10.0
 def load(path: Path):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager").eval()
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **plain).eval()
 
 
 def log_distributions(model, sample, temperature) -> torch.Tensor:
