@@ -70,19 +70,24 @@ def test_property_no_more_mini_batches_than_needed_where_groups_are_alike(groups
 
 
 def test_ranks_and_mini_batches_have_like_lengths():
-    """64 prompts of 8 with lengths far apart, 4 mini-batches, 4 ranks: verl's own dealing is balanced over the step alone."""
+    """64 prompts of 8, 4 mini-batches, 4 ranks: the slowest ranks of the mini-batches have less to do than with verl's dealing, which
+    is balanced over the step alone.
+    """
+    from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
+
     generator = torch.Generator().manual_seed(0)
     lengths = (6 + 0.5 * torch.randn(512, generator=generator)).exp().int().clamp(min=8, max=8192).tolist()
-    names = [f"g{i // 8}" for i in range(512)]
-    dealt = mini_batches_of_groups(names, lengths, 128)
-    order = order_for_ranks(dealt, lengths, 4)
-    works = [
-        [sum(lengths[i] for i in order[r * 128 + k * 32 : r * 128 + (k + 1) * 32]) for r in range(4)] for k in range(4)
-    ]
-    for of_ranks in works:
-        assert max(of_ranks) <= 1.02 * min(of_ranks)
-    of_mini_batches = [sum(of_ranks) for of_ranks in works]
-    assert max(of_mini_batches) <= 1.1 * min(of_mini_batches)
+    dealt = mini_batches_of_groups([f"g{i // 8}" for i in range(512)], lengths, 128)
+    verls = [i for share in get_seqlen_balanced_partitions(lengths, k_partitions=4, equal_size=True) for i in share]
+
+    def works(order):
+        return [[sum(lengths[i] for i in order[r * 128 + k * 32 :][:32]) for r in range(4)] for k in range(4)]
+
+    ours = works(order_for_ranks(dealt, lengths, 4))
+    slowest, slowest_of_verls = sum(map(max, ours)), sum(map(max, works(verls)))
+    assert slowest < slowest_of_verls and slowest <= 1.1 * sum(lengths) / 4
+    of_mini_batches = [sum(of_ranks) for of_ranks in ours]
+    assert max(of_mini_batches) <= 1.05 * min(of_mini_batches)
 
 
 def test_a_group_larger_than_a_mini_batch_is_refused():

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from verl_patches.recipe_checks import STRATEGIES, trainer_problems, type_problems
+from verl_patches.recipe_checks import trainer_problems, type_problems
 from vimpo_verl.pacs_config import PacsConfig
+
+STRATEGIES = ("fsdp", "fsdp2")
 
 
 def problems(config: Any) -> list[str]:
