@@ -70,7 +70,7 @@ def test_property_no_more_mini_batches_than_needed_where_groups_are_alike(groups
 
 
 def test_ranks_and_mini_batches_have_like_lengths():
-    """64 prompts of 8, 4 mini-batches, 4 ranks: the slowest ranks of the mini-batches have less to do than with verl's dealing, which
+    """64 prompts of 8, 4 mini-batches, 4 ranks: the slowest ranks have less to do than with verl's dealing, which
     is balanced over the step alone.
     """
     from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
