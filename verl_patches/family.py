@@ -58,6 +58,13 @@ FAMILY = {
             policy_loss="verl_patches.policy_loss_config:VimpoPolicyLossConfig",
             needs_reference=True,
         ),
+        Member(
+            name="v05",
+            title="V0.5",
+            config="vimpo_verl.v05_config:parse_config",
+            recipe="verl_patches.v05_recipe",
+            trainer="verl_patches.v05:V05Trainer",
+        ),
     )
 }
 

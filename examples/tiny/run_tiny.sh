@@ -15,7 +15,7 @@
 set -euo pipefail
 
 #################### settings of the user, by environment variable ####################
-ALGO=${ALGO:-vimpo}                 # vimpo or grpo
+ALGO=${ALGO:-vimpo}                 # vimpo, grpo or v05
 STEPS=${STEPS:-30}                  # training steps
 SEED=${SEED:-1}                     # order of the prompts and sampling
 LR=${LR:-1e-3}
@@ -35,8 +35,8 @@ PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 ########################################################################################
 
 case $ALGO in
-    vimpo | grpo) ;;
-    *) echo "run_tiny.sh: ALGO must be vimpo or grpo, not '$ALGO'" >&2; exit 2 ;;
+    vimpo | grpo | v05) ;;
+    *) echo "run_tiny.sh: ALGO must be vimpo, grpo or v05, not '$ALGO'" >&2; exit 2 ;;
 esac
 if ! command -v "$PYTHON" >/dev/null; then
     echo "run_tiny.sh: no $PYTHON; run examples/setup_env.sh, or set PYTHON" >&2
