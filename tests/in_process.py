@@ -4,6 +4,8 @@ Only what needs Ray or vLLM is replaced: the TransferQueue by a dictionary, the 
 by samples that are given.
 """
 
+import copy
+
 import torch
 from engine_samples import Sample, nested
 from test_validation import GRPO, compose, validate
@@ -153,8 +155,9 @@ def make_trainer(config, monkeypatch, stock=None):
     monkeypatch.setattr(transfer_queue, "kv_batch_put", queue.put)
     monkeypatch.setattr(engine_workers, "get_rollout_class", lambda name, mode: lambda **_: None)
     trainer_type = trainer_class(stock or TRAINER_REGISTRY[config.trainer.v1.trainer_mode], config)
+    worker_type = trainer_type.worker_type or engine_workers.ActorRolloutRefWorker
     role = "actor_rollout_ref" if need_reference_policy(config) else "actor_rollout"
-    worker = trainer_type.worker_type(config=config.actor_rollout_ref, role=role)
+    worker = worker_type(config=copy.deepcopy(config.actor_rollout_ref), role=role)  # it takes keys out
     worker.init_model()
     trainer = object.__new__(trainer_type)  # its __init__ makes a replay buffer
     trainer.config, trainer.knobs, trainer.global_steps = config, knobs_of(config)[0], 1

@@ -94,6 +94,27 @@ SEAMS = (
         how="subclass",
     ),
     Seam(
+        name="estimator v05",
+        module="verl.trainer.ppo.core_algos",
+        install="vimpo_verl.v05:register",
+        touches="register_adv_est",
+        how="registration",
+    ),
+    Seam(
+        name="priors",
+        module="verl.trainer.ppo.v1",
+        install="verl_patches.prior_state:install",
+        touches="PPOTrainer._init_dataloader, _submit_batch_to_rollout, _compute_advantage and the checkpoint",
+        how="subclass",
+    ),
+    Seam(
+        name="rollouts on demand",
+        module="verl.trainer.ppo.v1",
+        install="verl_patches.rollout_budget:install",
+        touches="AgentLoopWorkerTQ._run_prompt and its agent loops, PPOTrainer's batch sizes",
+        how="subclass",
+    ),
+    Seam(
         name="reward noise",
         module="verl.trainer.ppo.v1",
         install="verl_patches.reward_noise:install",

@@ -84,6 +84,7 @@ class VimpoTrainer(FamilyTrainer):
             config=self.run_beta.config,
             lam=self.config.algorithm.lam,
             actor_loss_weight=aggregation_weight(self.config, padded["response_mask"]),
+            prior=getattr(self, "batch_prior", None),  # of PriorTrainer, where a prior is asked for
         )
         with joint_pass_output(output):
             batch = super()._compute_advantage(batch, metrics)

@@ -16,7 +16,7 @@
 set -euo pipefail
 
 #################### settings of the user, by environment variable ####################
-ALGO=${ALGO:-vimpo}                 # grpo, vimpo or pacs
+ALGO=${ALGO:-vimpo}                 # grpo, vimpo, pacs or v05
 STEPS=${STEPS:-30}                  # training steps
 SEED=${SEED:-1}                     # order of the prompts and sampling
 LR=${LR:-1e-3}
@@ -37,9 +37,9 @@ PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 ########################################################################################
 
 case $ALGO in
-    grpo | vimpo) UPDATES=${UPDATES:-1} ;;
+    grpo | vimpo | v05) UPDATES=${UPDATES:-1} ;;
     pacs) UPDATES=${UPDATES:-2} ;;
-    *) echo "run_tiny.sh: ALGO must be grpo, vimpo or pacs, not '$ALGO'" >&2; exit 2 ;;
+    *) echo "run_tiny.sh: ALGO must be grpo, vimpo, pacs or v05, not '$ALGO'" >&2; exit 2 ;;
 esac
 if ! command -v "$PYTHON" >/dev/null; then
     echo "run_tiny.sh: no $PYTHON; run examples/setup_env.sh, or set PYTHON" >&2
