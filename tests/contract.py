@@ -210,6 +210,29 @@ CONTRACT = {
         ("transfer_queue:kv_batch_put", Called(0, ("keys", "partition_id", "fields"))),
         ("transfer_queue:KVBatchMeta", Called(0, ("keys", "tags", "partition_id", "extra_info"))),
     ],
+    "PACS: estimator and policy loss": [
+        (f"{ALGOS}:POLICY_LOSS_REGISTRY", Holds(("pacs",))),
+        (f"{ALGOS}:ADV_ESTIMATOR_REGISTRY", Holds(("pacs",))),
+        # groups whole in a mini-batch
+        (f"{TRAINER}._balance_batch", Parameters(("self", "batch", "metrics", "logging_prefix", "keep_minibatch"))),
+        (
+            f"{TRAINER}._balance_batch",
+            Mentions(("upsample_batch_to_divisible_size", "_dispatch_info", "reorder", "seq_len")),
+        ),
+        ("verl.trainer.ppo.padding_utils:upsample_batch_to_divisible_size", Called(3)),
+        ("verl.utils.seqlen_balancing:get_seqlen_balanced_partitions", Called(1, ("k_partitions", "equal_size"))),
+        ("verl.utils.seqlen_balancing:calculate_workload", Called(1)),
+        ("verl.utils.seqlen_balancing:log_seqlen_unbalance", Called(0, ("seqlen_list", "partitions", "prefix"))),
+        # the worker
+        (f"{WORKERS}:TrainingWorker.train_mini_batch", Parameters(("self", "data"))),
+        (
+            f"{WORKERS}:TrainingWorker.train_mini_batch",
+            Mentions(("train_batch", "mini_batch_size_per_gpu", "make_iterator")),
+        ),
+        (f"{ENGINE}.infer_batch", Parameters(("self", "data", "loss_function"))),
+        (f"{ENGINE}", Holds(("get_data_parallel_rank", "get_data_parallel_group", "eval_mode"))),
+        ("verl.workers.config:PolicyLossConfig", Derives("verl_patches.policy_loss_config:PacsPolicyLossConfig")),
+    ],
     "complete checkpoints": [
         (f"{TRAINER}._save_checkpoint", Parameters(("self",))),
         (

@@ -34,10 +34,11 @@ class InMemoryQueue:
     def put(self, keys, partition_id, fields, tags=None):
         from transfer_queue import KVBatchMeta
 
+        self.tags.update(zip(keys, tags or self.tags_of(keys), strict=True))
         for name in fields.keys():
-            rows = fields[name].unbind()
+            rows = fields[name].unbind() if isinstance(fields[name], torch.Tensor) else fields[name]
             for key, row in zip(keys, rows, strict=True):
-                self.rows[key][name] = row.clone()
+                self.rows.setdefault(key, {})[name] = row.clone() if isinstance(row, torch.Tensor) else row
         return KVBatchMeta(keys, self.tags_of(keys), partition_id, extra_info=dict(self.extra_info))
 
     def start(self, samples: list[Sample]):
@@ -48,7 +49,7 @@ class InMemoryQueue:
         for sample in samples:
             session = sessions[sample.uid] = sessions.get(sample.uid, -1) + 1
             keys.append(f"{sample.uid}_{session}_0")
-        self.tags = dict(zip(keys, [{"is_padding": s.is_padding} for s in samples], strict=True))
+        self.tags = dict(zip(keys, map(_tag_of, samples), strict=True))
         self.rows = dict(zip(keys, map(_row_of, samples), strict=True))
         self.extra_info = {}
         batch = KVBatchMeta(keys, self.tags_of(keys), PARTITION, extra_info={"global_token_num": None})
@@ -57,6 +58,10 @@ class InMemoryQueue:
 
     def tags_of(self, keys):
         return [dict(self.tags[key]) for key in keys]
+
+
+def _tag_of(sample: Sample) -> dict:
+    return {"is_padding": sample.is_padding, "seq_len": len(sample.prompt) + len(sample.response)}
 
 
 def _row_of(sample: Sample) -> dict:

@@ -134,7 +134,11 @@ class FamilyTrainer:
                 f"step {self.global_steps}: {missing} of {asked} responses are missing: their generation or reward raised "
                 "('Error in _run_prompt' in the log). Training goes on with the others"
             )
-        return super()._balance_batch(batch, metrics, *args, **kwargs)
+        return super()._balance_batch(self.filled_up(batch), metrics, *args, **kwargs)
+
+    def filled_up(self, batch: KVBatchMeta) -> KVBatchMeta:
+        """The batch, with placeholder samples where the estimator wants more of them than verl adds by itself."""
+        return batch
 
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
         """As verl's; remembers how many responses a prompt is to have where the data set says so."""

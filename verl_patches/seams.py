@@ -44,6 +44,13 @@ SEAMS = (
         how="registration",
     ),
     Seam(
+        name="PACS: estimator and policy loss",
+        module="verl.trainer.ppo.core_algos",
+        install="vimpo_verl.pacs_registrations:register",
+        touches="register_adv_est, register_policy_loss",
+        how="registration",
+    ),
+    Seam(
         name="reference policy",
         module="verl.trainer.ppo.utils",
         install="verl_patches.reference_policy:install",
