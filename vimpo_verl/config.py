@@ -18,7 +18,8 @@ SECTION = "algorithm.vimpo"
 KL_ESTIMATORS = ("exact", "k2", "k3")
 VALUE_LOSS_TYPES = ("squared_error", "huber")
 KAPPA_POLICIES = ("old", "current")
-BASELINES = ("group_mean", "leave_one_out", "shrunk", "fused", "posterior_mean")
+BASELINES_WITH_PRIOR = ("fused", "posterior_mean")
+BASELINES = ("group_mean", "leave_one_out", "shrunk", *BASELINES_WITH_PRIOR)
 
 
 @dataclass(frozen=True)
