@@ -117,7 +117,9 @@ def main() -> None:
         for error in PRIOR_ERRORS
     ]
     settings = {"batches": args.batches, "prompts": args.prompts, "seed": args.seed, "past": PAST, "cap": CAP}
-    report.show("mean squared error, rewards 0 and 1", rows, args.json, settings=settings, budget=budget, budget_grid=grid)
+    report.show(
+        "mean squared error, rewards 0 and 1", rows, args.json, settings=settings, budget=budget, budget_grid=grid
+    )
     report.show("rollouts on demand, from 4 to 16", budget + grid, json_file=None)
 
 
