@@ -15,7 +15,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast, Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
-from vision_models import configuration
 
 PAD, EOS = "<pad>", "<eos>"
 VISION = {
@@ -49,6 +48,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(folder: Path) -> None:
+    """Model, tokenizer and processor."""
+    from vision_models import configuration  # here, because verl loads this file for the reward
+
     tokenizer = make_tokenizer()
     small = {
         "patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 1024},
@@ -67,6 +69,7 @@ def make_model(folder: Path) -> None:
     for part in (config, config.text_config):
         part.pad_token_id, part.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     config.text_config.vocab_size = len(tokenizer)  # equal: verl masks surplus entries in vLLM only
+    config.text_config.architectures = ["Qwen3ForCausalLM"]  # vLLM's CPU platform asks for one, and none is usual
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config).float()
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 1
