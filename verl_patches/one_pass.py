@@ -140,6 +140,7 @@ class OnePassTrainer(VimpoTrainer):
             is_padding=torch.tensor(is_padding(batch)),
             config=self.run_beta.config,
             actor_loss_weight=aggregation_weight(self.config, data["response_mask"].to_padded_tensor(0)),
+            prior=getattr(self, "batch_prior", None),  # of PriorTrainer, where a prior is asked for
         )
 
     def _put_rows(self, batch: KVBatchMeta, data: TensorDict) -> None:

@@ -44,6 +44,13 @@ SEAMS = (
         how="registration",
     ),
     Seam(
+        name="PACS: estimator and policy loss",
+        module="verl.trainer.ppo.core_algos",
+        install="vimpo_verl.pacs_registrations:register",
+        touches="register_adv_est, register_policy_loss",
+        how="registration",
+    ),
+    Seam(
         name="reference policy",
         module="verl.trainer.ppo.utils",
         install="verl_patches.reference_policy:install",
@@ -84,6 +91,27 @@ SEAMS = (
         module="verl.trainer.ppo.v1",
         install="verl_patches.watchdog:install",
         touches="PPOTrainer.init, fit and the stages of a step",
+        how="subclass",
+    ),
+    Seam(
+        name="estimator v05",
+        module="verl.trainer.ppo.core_algos",
+        install="vimpo_verl.v05:register",
+        touches="register_adv_est",
+        how="registration",
+    ),
+    Seam(
+        name="priors",
+        module="verl.trainer.ppo.v1",
+        install="verl_patches.prior_state:install",
+        touches="PPOTrainer._init_dataloader, _submit_batch_to_rollout, _compute_advantage and the checkpoint",
+        how="subclass",
+    ),
+    Seam(
+        name="rollouts on demand",
+        module="verl.trainer.ppo.v1",
+        install="verl_patches.rollout_budget:install",
+        touches="AgentLoopWorkerTQ._run_prompt and its agent loops, PPOTrainer's batch sizes",
         how="subclass",
     ),
     Seam(

@@ -101,6 +101,7 @@ class VimpoTrainer(FamilyTrainer):
             config=self.run_beta.config,
             lam=self.config.algorithm.lam,
             actor_loss_weight=aggregation_weight(self.config, mask),
+            prior=getattr(self, "batch_prior", None),  # of PriorTrainer, where a prior is asked for
         )
 
     def require_sound_rewards(self, batch: KVBatchMeta, rewards: torch.Tensor) -> None:
