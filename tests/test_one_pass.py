@@ -237,6 +237,15 @@ def test_the_statistics_of_a_step_are_those_that_the_next_uses(models, monkeypat
     )
 
 
+def test_a_refreshed_reference_ends_the_statistics(models, monkeypatch):
+    trainer, _ = make_trainer(make_config(models / "policy", ONE, "+algorithm.vimpo.ref_refresh_every=2"), monkeypatch)
+    kept = []
+    for trainer.global_steps in (1, 2):
+        run_trainer_step(trainer, trainer.actor_rollout_wg.queue, make_samples(tool_tokens=False))
+        kept.append(trainer.before)
+    assert kept[0] is not None and kept[1] is None
+
+
 def test_the_statistics_are_in_the_checkpoint(models, monkeypatch, tmp_path, capsys):
     trainer, queue, _ = trainer_steps(models, monkeypatch, ONE, steps=2)
     trainer.save_state(tmp_path)
