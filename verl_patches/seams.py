@@ -68,7 +68,8 @@ SEAMS = (
         name="trainer, worker, joint pass and value loss",
         module="verl.trainer.ppo.v1",
         install="verl_patches.family_trainer:install",
-        touches="PPOTrainer.__new__, role_worker_mapping, ActorRolloutRefWorker, TrainingWorker",
+        touches="PPOTrainer.__new__, role_worker_mapping, ActorRolloutRefWorker, TrainingWorker, "
+        "MegatronEngineWithLMHead._lm_head_logits_processor",
         how="subclass",
         upstream="volcengine/verl#7712 (reference log-probs for a registered policy loss)",
     ),
