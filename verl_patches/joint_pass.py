@@ -78,8 +78,9 @@ def statistics_against_reference(ref_engine: Any, policy_logits: Tensor, micro_b
     """
     micro_batch = micro_batch.copy()  # shallow; the flags below are the reference's
     tu.assign_non_tensor(micro_batch, **_HOOK_FLAGS)
-    # The labels in the layout of the logits (rolled, padded and sliced for sequence parallelism) are verl's.
-    _, output_args = ref_engine.prepare_model_inputs(micro_batch=micro_batch)
+    # The labels in the layout of the logits (rolled, padded and sliced for sequence parallelism) are verl's. They need no
+    # images, which would be put together once more.
+    _, output_args = ref_engine.prepare_model_inputs(micro_batch=micro_batch.exclude("multi_modal_inputs"))
     ref_hook = _ReferenceLogitsHook(policy_logits.detach(), output_args, micro_batch["input_ids"].offsets())
     with ref_hook.on(ref_engine.module):
         ref_engine.forward_step(micro_batch, loss_function=ref_hook, forward_only=True)
