@@ -76,8 +76,9 @@ def statistics_against_reference(ref_engine: Any, policy_logits: Tensor, micro_b
     """
     micro_batch = micro_batch.copy()  # shallow; the flags below are the reference's
     tu.assign_non_tensor(micro_batch, **_HOOK_FLAGS)
-    # The labels in the layout of the logits (rolled, padded and sliced for sequence parallelism) are verl's.
-    _, output_args = ref_engine.prepare_model_inputs(micro_batch=micro_batch)
+    # The labels in the layout of the logits (rolled, padded and sliced for sequence parallelism) are verl's. They need no
+    # images, which would be put together once more.
+    _, output_args = ref_engine.prepare_model_inputs(micro_batch=micro_batch.exclude("multi_modal_inputs"))
     ref_hook = _ReferenceLogitsHook(policy_logits.detach(), output_args["input_ids_rmpad_rolled"])
     ref_engine.forward_step(micro_batch, loss_function=ref_hook, forward_only=True)
     return ref_hook.statistics
@@ -99,7 +100,8 @@ def joint_infer_batch(actor: Any, ref: Any, data: TensorDict, kl_estimator: str)
     """One pass over `data` with the policy and the reference.
 
     Args:
-        actor, ref: verl's TrainingWorkers of the two models, both on the FSDP engine, with equal sequence parallelism.
+        actor, ref: verl's TrainingWorkers of the two models, both on the FSDP engine, with equal sequence parallelism, or both
+            on the Megatron engine.
         data: as for TrainingWorker.infer_batch.
         kl_estimator: "exact", "k2" or "k3".
 
@@ -107,6 +109,10 @@ def joint_infer_batch(actor: Any, ref: Any, data: TensorDict, kl_estimator: str)
         What TrainingWorker.infer_batch returns, with nested [B, prompt + response] `log_probs`, `entropy`,
         `ref_log_probs` and `token_kl`, in nats; None on ranks that collect nothing.
     """
+    if actor.engine_config.strategy == "megatron":
+        from verl_patches.megatron_pass import megatron_infer_batch  # needs Megatron Core
+
+        return megatron_infer_batch(actor, ref, data, kl_estimator)
     with ref.engine.eval_mode():
         if actor.engine_config.use_fused_kernels:
             tu.assign_non_tensor(data, compute_loss=False, calculate_entropy=True)
