@@ -38,8 +38,8 @@ rewards_and_groups = st.lists(
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def test_the_knob_takes_what_needs_only_the_batch():
-    assert tuple(baselines.OF_A_BATCH) == BASELINES
+def test_the_knob_takes_what_needs_only_the_batch_or_a_prior():
+    assert (*baselines.OF_A_BATCH, *baselines.WITH_PRIOR) == BASELINES
     assert set(baselines.TABLE) == {
         "group_mean", "leave_one_out", "capped", "soft", "shrunk", "fused", "posterior_mean"
     }  # fmt: skip
@@ -303,6 +303,42 @@ def test_the_stored_figures_are_those_of_the_exact_sums():
         assert (exact > row["mean of 4"]) == ((row["rate"], row["prior"]) in {(0.1, 0.35), (0.7, 0.2), (0.9, 0.65)})
 
 
+def exact_budget(rate, prior):
+    """Expected rollouts, and errors of the fused baseline and of the plain mean of them, over every way the rewards may fall.
+
+    The rule and the baseline in rewards of -1 and +1, as published; errors of rewards 0 and 1 are a quarter.
+    """
+    state, expected = {(0, 0): 1.0}, [0.0, 0.0, 0.0]
+    for k in range(17):
+        after: dict[tuple[int, int], float] = {}
+        for (_, right), chance in state.items():
+            if k >= 4:
+                vbar, v = 2 * right / k - 1, 2 * prior - 1
+                wrong = max(0.0, (vbar - v) ** 2 - 1 / k)
+                gain = wrong / (1 + k * wrong) - wrong / (1 + (k + 1) * wrong)
+                if k == 16 or gain <= 1 / 256:
+                    w = wrong / (wrong + 1 / k)
+                    fused = w * vbar + (1 - w) * v
+                    for i, value in enumerate((k, (fused - 2 * rate + 1) ** 2 / 4, (right / k - rate) ** 2)):
+                        expected[i] += chance * value
+                    continue
+            for reward, share in ((1, rate), (0, 1 - rate)):
+                after[k + 1, right + reward] = after.get((k + 1, right + reward), 0.0) + chance * share
+        state = after
+    return expected
+
+
+def test_the_stored_budget_is_that_of_every_way_the_rewards_may_fall():
+    stored = json.loads((ROOT / "benchmarks/results/baselines.json").read_text())
+    grid = {(row["rate"], round(abs(row["prior"] - row["rate"]), 6)) for row in stored["budget_grid"]}
+    assert grid == {(rate, error) for rate in (0.1, 0.3, 0.5, 0.7, 0.9) for error in (0.0, 0.1, 0.25, 0.5)}
+    for row in stored["budget"] + stored["budget_grid"]:
+        taken, fused, mean = exact_budget(row["rate"], row["prior"])
+        assert row["rollouts taken"] == pytest.approx(taken, rel=0.02)
+        assert row["fused of these"] == pytest.approx(fused, rel=0.15, abs=3e-4), row
+        assert row["mean of these"] == pytest.approx(mean, rel=0.05), row
+
+
 def test_the_page_names_every_baseline_and_which_the_knob_takes():
     rows = re.findall(
         r"^\| `(\w+)` \|.*\| ([^|]+) \| [^|]+ \|$", (ROOT / "docs/algorithms.md").read_text(), flags=re.MULTILINE
@@ -337,10 +373,36 @@ def test_targets_are_rewards_above_the_baseline_and_placeholders_count_nowhere(n
     for position, prompt in zip((~is_padding).nonzero().flatten().tolist(), group, strict=True):
         names[position] = prompt
     zeros = torch.zeros(9, 3, dtype=torch.float64)
+    prior, weight = torch.full((9,), 0.9, dtype=torch.float64), torch.full((9,), 3.0, dtype=torch.float64)
     batch = compute_batch(
         old_log_prob=zeros, ref_log_prob=zeros, token_kl=zeros, response_mask=torch.ones(9, 3), outcome=padded,
         group=names, config=replace(VimpoConfig(), baseline=name, baseline_cap=cap), lam=1.0, is_padding=is_padding,
+        prior=prior, prior_weight=weight,
     )  # fmt: skip
-    target = outcome - baselines.OF_A_BATCH[name](outcome, group, cap=cap)
+    if name == "fused":
+        v0 = baselines.fused_baseline(outcome, group, prior[:7])
+    elif name == "posterior_mean":
+        v0 = baselines.posterior_mean_baseline(outcome, group, weight[:7] * 0.9, weight[:7] * 0.1)
+    else:
+        v0 = baselines.OF_A_BATCH[name](outcome, group)
+    target = outcome - (v0 if cap is None else v0.clamp(max=cap))
     torch.testing.assert_close(batch.returns[~is_padding], target.unsqueeze(-1).expand(-1, 3), rtol=0, atol=1e-12)
     assert (batch.returns[is_padding] == 0).all()
+
+
+@pytest.mark.parametrize("name", baselines.WITH_PRIOR)
+def test_a_baseline_with_a_prior_is_refused_without_one(name):
+    with pytest.raises(ValueError, match=f"the baseline {name} needs a prior"):
+        baselines.baseline_of(name, doubles([1, 0]), ["a", "a"])
+
+
+def test_the_budgets_bounds_and_cost_are_the_papers_or_given():
+    """c = 1 / maximum^2 in rewards of -1 and +1: with k(k + 1) < maximum^2 / (what the prior is wrong by), one more."""
+    far, prior = doubles([1.0]), doubles([0.0])
+    for least, most in ((4, 16), (2, 8), (8, 8)):
+        wanted = [
+            baselines.wants_another_rollout(far, prior, k, minimum=least, maximum=most).item() for k in range(1, 17)
+        ]
+        assert wanted == [k < most for k in range(1, 17)], "a prior that is as wrong as can be takes them all"
+    assert not baselines.wants_another_rollout(far, prior, 8, cost=0.01).item()
+    assert baselines.wants_another_rollout(far, prior, 8, cost=0.001).item()

@@ -24,10 +24,13 @@ from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
+from verl_patches.batches import data_parallel_size
 from verl_patches.checkpoints import CheckpointedTrainer
 from verl_patches.family import FAMILY, Member
 from verl_patches.finite import first_non_finite
+from verl_patches.group_parts import group_parts, with_group_parts
 from verl_patches.loss_aggregation import mini_batch_size
+from verl_patches.presence import require_on_every_node
 from verl_patches.reward_noise import with_reward_noise
 from verl_patches.switch import knobs_of, member_of
 from verl_patches.watchdog import WatchedTrainer
@@ -58,8 +61,8 @@ def trainer_class(trainer: type, config: Any) -> type:
         config: verl's configuration.
 
     Returns:
-        `trainer` itself, unless an estimator of this package or reward noise is asked for; else a subclass of it with the
-        estimator's part, the noise, or both in front.
+        `trainer` itself, unless an estimator of this package, rollouts on demand or reward noise is asked for; else a
+        subclass of it with the parts of what is asked for in front.
 
     Raises:
         TypeError: the estimator takes the place of a method that `trainer` has changed.
@@ -69,9 +72,9 @@ def trainer_class(trainer: type, config: Any) -> type:
     if member and not issubclass(trainer, FamilyTrainer):
         part = member.trainer_part()
         part.require_fitting(trainer)
-        parts = (WatchedTrainer, CheckpointedTrainer, part, trainer)
+        parts = (WatchedTrainer, CheckpointedTrainer, *group_parts(config), part, trainer)
         trainer = type(f"{member.name.capitalize()}{trainer.__name__}", parts, {})
-    return with_reward_noise(trainer, config)
+    return with_reward_noise(with_group_parts(trainer, config), config)
 
 
 class FamilyTrainer:
@@ -89,7 +92,8 @@ class FamilyTrainer:
         """As the trainer's behind it; says that the estimator is in force.
 
         Raises:
-            RuntimeError: the run has not been through verl's validate_config, which carries the knobs to the workers.
+            RuntimeError: the run has not been through verl's validate_config, which carries the knobs to the workers, or a
+                node lacks this package.
         """
         super().__init__(*args, **kwargs)
         config = self.config
@@ -102,6 +106,8 @@ class FamilyTrainer:
         if problems:
             raise ValueError("\n".join(problems))
         self.set_up_estimator()
+        if ray.is_initialized() and self.worker_type is not None:
+            require_on_every_node()
         print(
             f"vimpo_verl {__version__}: {self.member.title} in force on verl {verl.__version__}, in {type(self).__name__}: "
             f"{self.settings()}",
@@ -138,7 +144,11 @@ class FamilyTrainer:
                 f"step {self.global_steps}: {missing} of {asked} responses are missing: their generation or reward raised "
                 "('Error in _run_prompt' in the log). Training goes on with the others"
             )
-        return super()._balance_batch(batch, metrics, *args, **kwargs)
+        return super()._balance_batch(self.filled_up(batch), metrics, *args, **kwargs)
+
+    def filled_up(self, batch: KVBatchMeta) -> KVBatchMeta:
+        """The batch, with placeholder samples where the estimator wants more of them than verl adds by itself."""
+        return batch
 
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
         """As verl's; remembers how many responses a prompt is to have where the data set says so."""
@@ -218,16 +228,6 @@ class FamilyTrainer:
 def say(sentence: str) -> None:
     """Something that the user should know, on stderr."""
     print(f"vimpo_verl: {sentence}", file=sys.stderr, flush=True)
-
-
-def data_parallel_size(worker_group: Any) -> int:
-    """Ranks of the actor's data-parallel group; 1 where verl has not asked for it yet."""
-    return max(getattr(worker_group, "_dispatch_info", {}).get("actor", [0])) + 1
-
-
-def is_padding(batch: KVBatchMeta) -> list[bool]:
-    """Which samples of a batch verl has added to fill it up."""
-    return [bool(tag.get("is_padding", False)) for tag in batch.tags]
 
 
 def require_one_output_a_session(keys: list[str]) -> None:

@@ -8,7 +8,9 @@ adapters on and off at once.
 import contextlib
 from typing import Any
 
+import torch
 from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
 
 
 class AdaptersOff:
@@ -20,6 +22,12 @@ class AdaptersOff:
 
     def __init__(self, actor: Any):
         self.engine = _EngineWithAdaptersOff(actor.engine)
+        self._actor = actor
+
+    def infer_batch(self, data: TensorDict) -> TensorDict | None:
+        """As TrainingWorker.infer_batch."""
+        tu.assign_non_tensor(data, no_lora_adapter=True)  # verl's own word for it
+        return self._actor.infer_batch(data)
 
 
 class _EngineWithAdaptersOff:
@@ -27,6 +35,10 @@ class _EngineWithAdaptersOff:
 
     def __init__(self, engine: Any):
         self._engine = engine
+
+    @property
+    def module(self) -> torch.nn.Module:
+        return self._engine.module
 
     def eval_mode(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()  # the policy's engine is in a mode of its own already

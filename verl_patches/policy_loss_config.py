@@ -1,4 +1,4 @@
-"""Carries VIMPO's knobs to the workers: the typed `actor.policy_loss` that verl builds through its _target_.
+"""Carries the knobs of an estimator to the workers: the typed `actor.policy_loss` that verl builds through its _target_.
 
 Touches verl.workers.config.PolicyLossConfig (subclass). Checked against verl 0.9.1.
 """
@@ -8,17 +8,12 @@ from dataclasses import dataclass, field
 from verl.workers.config import PolicyLossConfig
 
 from vimpo_verl.config import VimpoConfig
+from vimpo_verl.pacs_config import PacsConfig
 
 
 @dataclass
-class VimpoPolicyLossConfig(PolicyLossConfig):
-    """PolicyLossConfig of a VIMPO run.
-
-    Attributes:
-        vimpo: the knobs, as validated in the driver.
-    """
-
-    vimpo: VimpoConfig = field(default_factory=VimpoConfig)
+class FamilyPolicyLossConfig(PolicyLossConfig):
+    """PolicyLossConfig of a run with an estimator of this package; a subclass has the knobs under the estimator's name."""
 
     def __post_init__(self):
         """Built in every process that trains: the place to notice that the plugin was not loaded there."""
@@ -30,3 +25,25 @@ class VimpoPolicyLossConfig(PolicyLossConfig):
                 "here. Is vimpo_verl installed in this process's environment, and is VERL_USE_EXTERNAL_PLUGINS unset? "
                 "Run `vimpo check` there"
             )
+
+
+@dataclass
+class VimpoPolicyLossConfig(FamilyPolicyLossConfig):
+    """Of a VIMPO run.
+
+    Attributes:
+        vimpo: the knobs, as validated in the driver.
+    """
+
+    vimpo: VimpoConfig = field(default_factory=VimpoConfig)
+
+
+@dataclass
+class PacsPolicyLossConfig(FamilyPolicyLossConfig):
+    """Of a PACS run.
+
+    Attributes:
+        pacs: the knobs, as validated in the driver.
+    """
+
+    pacs: PacsConfig = field(default_factory=PacsConfig)

@@ -9,6 +9,7 @@ from typing import Any
 
 from verl_patches import passes
 from verl_patches.engine_checks import engine_problems, has_lora
+from verl_patches.group_switch import budget_of
 from verl_patches.loss_aggregation import full_length_weight
 from verl_patches.switch import knobs_of
 from vimpo_verl.config import VimpoConfig
@@ -29,7 +30,7 @@ def problems(config: Any) -> list[str]:
     found = list(type_problems(config))
     if found:
         return found  # the other checks compute with these values
-    for check in (_algorithm, _passes, _trainer, engine_problems, _model, _losses):
+    for check in (_reference_refresh, _algorithm, _passes, _trainer, engine_problems, _model, _losses):
         found += check(config)
     return found
 
@@ -37,7 +38,7 @@ def problems(config: Any) -> list[str]:
 def warnings(config: Any, knobs: VimpoConfig) -> list[str]:
     """What runs, but perhaps not as meant. `config` as for `problems`; knobs: those of algorithm.vimpo."""
     found = []
-    if config.actor_rollout_ref.rollout.n == 1:
+    if config.actor_rollout_ref.rollout.n == 1 and budget_of(config)[0] is None:
         found.append(
             "actor_rollout_ref.rollout.n=1: every group has one response, so V0 = R and the value loss only pulls the "
             "policy to the reference; the paper uses 8"
@@ -102,6 +103,23 @@ def type_problems(config: Any) -> Iterator[str]:
             yield f"{key}={value!r}: write an integer"
 
 
+def _reference_refresh(config: Any) -> Iterator[str]:
+    section = config.algorithm.get("vimpo")
+    if not hasattr(section, "get") or not section.get("ref_refresh_every"):
+        return
+    if has_lora(config.actor_rollout_ref.model):
+        yield (
+            "algorithm.vimpo.ref_refresh_every with LoRA: the reference is the policy without its adapters and cannot become "
+            "another; write algorithm.vimpo.ref_refresh_every=null"
+        )
+    strategy = config.actor_rollout_ref.actor.strategy
+    if strategy not in ("fsdp", "fsdp2"):
+        yield (
+            f"algorithm.vimpo.ref_refresh_every with actor_rollout_ref.actor.strategy={strategy}: weights are copied between "
+            "models that verl's FSDP engine has sharded; write actor_rollout_ref.actor.strategy=fsdp2"
+        )
+
+
 def _algorithm(config: Any) -> Iterator[str]:
     algorithm = config.algorithm
     if algorithm.gamma != 1.0:
@@ -147,6 +165,8 @@ def _trainer(config: Any) -> Iterator[str]:
 
 def _model(config: Any) -> Iterator[str]:
     model = config.actor_rollout_ref.model
+    if config.actor_rollout_ref.actor.strategy == "megatron":
+        return  # verl_patches.megatron_checks
     if has_lora(model) and not (model.get("lora_rank") or 0) > 0:
         yield (
             "actor_rollout_ref.model.lora_rank=0 with actor_rollout_ref.model.lora_adapter_path or lora.rank: verl's FSDP "

@@ -14,7 +14,8 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.workers.utils.padding import response_from_nested
 
-from verl_patches.family_trainer import FamilyTrainer, is_padding, require_one_output_a_session, say
+from verl_patches.batches import is_padding
+from verl_patches.family_trainer import FamilyTrainer, require_one_output_a_session, say
 from verl_patches.loss_aggregation import aggregation_weight
 from verl_patches.names import ACTOR_COEFF, BETA, IS_REAL
 from verl_patches.run_beta import RunBeta
@@ -101,6 +102,7 @@ class VimpoTrainer(FamilyTrainer):
             config=self.run_beta.config,
             lam=self.config.algorithm.lam,
             actor_loss_weight=aggregation_weight(self.config, mask),
+            prior=getattr(self, "batch_prior", None),  # of PriorTrainer, where a prior is asked for
         )
 
     def require_sound_rewards(self, batch: KVBatchMeta, rewards: torch.Tensor) -> None:
@@ -129,6 +131,18 @@ class VimpoTrainer(FamilyTrainer):
             f"{others} ask for {usual / beta.value:,.0f} at most. Scale the rewards, or write "
             f"+algorithm.vimpo.beta={beta.value * farthest / usual:.2g}"
         )
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """As FamilyTrainer's; every so many steps the policy that it leaves becomes the reference."""
+        batch = super()._update_actor(batch, metrics)
+        every = self.knobs.ref_refresh_every
+        if every:
+            last_of_step = self.local_trigger_step == self.parameter_sync_step - 1
+            due = last_of_step and self.global_steps % every == 0
+            if due:
+                self.actor_rollout_wg.refresh_reference()
+            metrics["vimpo/reference_refreshed"] = float(due)
+        return batch
 
     def _save_checkpoint(self) -> None:
         """As verl's, with the run's beta in it."""

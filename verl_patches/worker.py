@@ -6,6 +6,7 @@ subclass where verl's was. Checked against verl 0.9.1; no upstream issue.
 
 import contextlib
 import math
+from pathlib import Path
 
 import torch
 from tensordict import TensorDict
@@ -15,6 +16,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.profiler import DistProfiler
 from verl.workers.engine_workers import TrainingWorker
 
+from verl_patches import reference_refresh
 from verl_patches.family_worker import FamilyWorker
 from verl_patches.fused_head import fused_heads
 from verl_patches.joint_pass import joint_infer_batch
@@ -79,6 +81,12 @@ class VimpoTrainingWorker(TrainingWorker):
         if not (self.kappa_in_update or is_one_pass(data)):
             yield
             return
+        if self.engine_config.strategy == "megatron":
+            from verl_patches.megatron_pass import megatron_kappa_in_update  # needs Megatron Core
+
+            with megatron_kappa_in_update(self, self.reference, data):
+                yield
+            return
         with self.reference.engine.eval_mode():
             if self.engine_config.use_fused_kernels:
                 with fused_heads(self.engine, self.reference.engine, with_policy=False):
@@ -108,12 +116,32 @@ class VimpoActorRolloutRefWorker(FamilyWorker):
     def _find_reference(self) -> TrainingWorker | AdaptersOff:
         if self.ref is not None:
             return self.ref
-        if self.actor.model_config.lora_rank > 0 or self.actor.model_config.lora_adapter_path:
+        model = self.actor.model_config
+        if model.lora_rank > 0 or model.lora_adapter_path or model.lora.get("rank", 0) > 0:
             return AdaptersOff(self.actor)
         raise RuntimeError(
             f"VIMPO needs the reference model in the worker of the policy, but this worker's role is {self.role!r} and "
             "the policy has no LoRA adapters to switch off"
         )
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def refresh_reference(self):
+        """Make the policy as it is now the reference."""
+        reference_refresh.copy_weights(self.actor.engine.module, self.reference.engine.module)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None):
+        """As FamilyWorker's; with ref_refresh_every the reference, too, which is then on no other disk."""
+        super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep=max_ckpt_to_keep)
+        if self.knobs.ref_refresh_every:
+            reference_refresh.save(self.reference.engine.module, Path(local_path))
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=False):
+        """As verl's; with the checkpoint's reference, where it has been refreshed."""
+        super().load_checkpoint(local_path, hdfs_path, del_local_after_load)
+        if self.ref is not None and reference_refresh.load(self.reference.engine.module, Path(local_path)):
+            print(f"vimpo_verl: the reference is the refreshed one of {local_path}", flush=True)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     @DistProfiler.annotate(color="blue", role="actor_compute_log_prob")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vimpo_verl import functional as F
-from vimpo_verl.baselines import OF_A_BATCH
+from vimpo_verl.baselines import baseline_of
 from vimpo_verl.beta import Beta, auto_beta
 from vimpo_verl.config import VimpoConfig
 from vimpo_verl.one_pass import Statistics
@@ -48,6 +48,8 @@ def compute_batch(
     lam: float,
     is_padding: Tensor | None = None,
     actor_loss_weight: float = 1.0,
+    prior: Tensor | None = None,
+    prior_weight: Tensor | None = None,
 ) -> VimpoBatch:
     """The driver's half of VIMPO for one batch.
 
@@ -62,6 +64,8 @@ def compute_batch(
         is_padding: [B] bool, placeholder sequences that verl added; they count nowhere. None: there are none.
         actor_loss_weight: what the actor loss's aggregation makes of a loss of 1 on every valid token of a mini-batch: 1
             for a mean over tokens. actor_coeff "auto" allows for it.
+        prior, prior_weight: [B], for a baseline that needs them (baselines.WITH_PRIOR): each prompt's prior, from 0 to 1, and
+            the past answers that it counts for.
 
     Returns:
         VimpoBatch, in float32 (float64 for float64 inputs), on the inputs' device.
@@ -77,7 +81,7 @@ def compute_batch(
     beta = _beta(config, length, outcome, group, real)
     config = replace(config, beta=beta.value)
     advantages, values, judgement, kl = _raw(old_log_prob, ref_log_prob, token_kl, mask, config.beta, lam)
-    target = _target(outcome, group, real, config).to(advantages.dtype)
+    target = _target(outcome, group, real, config, prior, prior_weight).to(advantages.dtype)
     moments = _moments(advantages, mask, length)
     summary = Summary(judgement, target, outcome, length, group, real)
     coeff = actor_coeff(
@@ -108,6 +112,8 @@ def compute_targets(
     before: Statistics | None,
     is_padding: Tensor | None = None,
     actor_loss_weight: float = 1.0,
+    prior: Tensor | None = None,
+    prior_weight: Tensor | None = None,
 ) -> VimpoBatch:
     """The driver's half where the update itself finds the log-probs (one pass): beta, targets and c_A.
 
@@ -125,7 +131,7 @@ def compute_targets(
     mask, length = _valid_tokens(response_mask, real)
     beta = _beta(config, length, outcome, group, real)
     config = replace(config, beta=beta.value)
-    target = _target(outcome, group, real, config)
+    target = _target(outcome, group, real, config, prior, prior_weight)
     sequences = int(real.sum())
     coeff = 0.0
     if before is not None and before.says_something:
@@ -224,14 +230,30 @@ def _beta(config: VimpoConfig, length: Tensor, outcome: Tensor, group: Sequence[
     return auto_beta(length[real].tolist(), outcome[real].tolist(), groups, config.beta_scale)
 
 
-def _target(outcome: Tensor, group: Sequence[Hashable], real: Tensor, config: VimpoConfig) -> Tensor:
+def _target(
+    outcome: Tensor,
+    group: Sequence[Hashable],
+    real: Tensor,
+    config: VimpoConfig,
+    prior: Tensor | None,
+    prior_weight: Tensor | None,
+) -> Tensor:
     """[B]: R - V0 of the real sequences; 0 on placeholders."""
     outcome = F.accumulating(outcome)
-    return torch.where(real, outcome - _baseline(outcome, group, real, config), 0.0)
+    return torch.where(real, outcome - _baseline(outcome, group, real, config, prior, prior_weight), 0.0)
 
 
-def _baseline(outcome: Tensor, group: Sequence[Hashable], real: Tensor, config: VimpoConfig) -> Tensor:
+def _baseline(
+    outcome: Tensor,
+    group: Sequence[Hashable],
+    real: Tensor,
+    config: VimpoConfig,
+    prior: Tensor | None,
+    prior_weight: Tensor | None,
+) -> Tensor:
     """V0 of the real sequences; 0 on placeholders, which belong to no group and no batch mean."""
     names = [name for is_real, name in zip(real.tolist(), group, strict=True) if is_real]
-    of_real = OF_A_BATCH[config.baseline](outcome[real], names, cap=config.baseline_cap)
+    given = {"prior": prior, "prior_weight": prior_weight}
+    of_each = {name: tensor[real] for name, tensor in given.items() if tensor is not None}
+    of_real = baseline_of(config.baseline, outcome[real], names, cap=config.baseline_cap, **of_each)
     return of_real.new_zeros(outcome.shape).masked_scatter(real, of_real)

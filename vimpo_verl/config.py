@@ -19,7 +19,8 @@ KL_ESTIMATORS = ("exact", "k2", "k3")
 VALUE_LOSS_TYPES = ("squared_error", "huber")
 KAPPA_POLICIES = ("old", "current")
 PASSES = ("auto", "two", "one")
-BASELINES = ("group_mean", "leave_one_out", "shrunk")
+BASELINES_WITH_PRIOR = ("fused", "posterior_mean")
+BASELINES = ("group_mean", "leave_one_out", "shrunk", *BASELINES_WITH_PRIOR)
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,11 @@ class VimpoConfig(Timeouts):
         huber_delta: where huber turns linear, in units of reward; > 0.
         value_clip: from the second update of a batch on, how far a token's ratio to the old policy may be from 1 before L_V
             pushes it no further, > 0; None: the paper's L_V, which knows no ratio. The same for one update a batch.
-        baseline: V0: "group_mean" (the paper's), "leave_one_out" or "shrunk", to the mean of the batch's other prompts.
+        baseline: V0: "group_mean" (the paper's), "leave_one_out", "shrunk", to the mean of the batch's other prompts, or, of
+            the rewards and a prior of the prompt (algorithm.prior), "fused" or "posterior_mean".
         baseline_cap: upper bound of V0, or None.
+        ref_refresh_every: steps after which the policy becomes the reference, again and again; None: it stays as it is.
+        preset: "paper" for the constants of PRESETS, under whatever else is given; None for the defaults above.
         stage_timeout, validation_timeout, startup_timeout: see Timeouts.
     """
 
@@ -66,10 +70,13 @@ class VimpoConfig(Timeouts):
     value_clip: float | None = 0.2
     baseline: str = "group_mean"
     baseline_cap: float | None = None
+    ref_refresh_every: int | None = None
+    preset: str | None = None
 
 
 # The paper's recipe where it differs from the defaults (section 5: beta = 5e-4, c_A = 5e-3, no trust factor).
 PAPER_RECIPE = {"beta": 5e-4, "actor_coeff": 5e-3, "actor_trust": False, "value_clip": None}
+PRESETS = {"paper": PAPER_RECIPE}
 
 
 def parse_config(section: Mapping[str, Any] | None) -> tuple[VimpoConfig, list[str]]:
@@ -83,7 +90,7 @@ def parse_config(section: Mapping[str, Any] | None) -> tuple[VimpoConfig, list[s
         key and says what to write instead. The configuration may be used only if there are none.
     """
     values, problems = section_reader.read(section, SECTION, _CHECKS, f"+{SECTION}.<name>=<value>")
-    config = VimpoConfig(**values)
+    config = VimpoConfig(**{**PRESETS.get(values.get("preset"), {}), **values})
     return config, problems + _contradictions(config)
 
 
@@ -126,6 +133,17 @@ def _clip(value: Any) -> tuple[str, Any]:
     return ("write a number greater than 0, or null for the paper's loss without a ratio" if complaint else ""), number
 
 
+def _count_or_none(value: Any) -> tuple[str, Any]:
+    if value is None:
+        return "", None
+    complaint, count = section_reader.integer(value)
+    return ("write a whole number above 0, or null", None) if complaint or count < 1 else ("", count)
+
+
+def _preset(value: Any) -> tuple[str, Any]:
+    return ("", None) if value is None else one_of(*PRESETS)(value)
+
+
 def _kl_estimator(value: Any) -> tuple[str, Any]:
     if value == "k1":
         return (
@@ -151,5 +169,7 @@ _CHECKS = {
     "value_clip": _clip,
     "baseline": one_of(*BASELINES),
     "baseline_cap": _number_or_none,
+    "ref_refresh_every": _count_or_none,
+    "preset": _preset,
     **timeouts.CHECKS,
 }

@@ -33,6 +33,7 @@ class JointPassOutput:
         config: the knobs.
         lam: verl's algorithm.lam.
         actor_loss_weight: what loss_agg_mode makes of a loss of 1 on every token; 1 for token-mean.
+        prior: mean and weight, [B] each, for a baseline that needs a prior.
         result: filled by the estimator.
     """
 
@@ -43,6 +44,7 @@ class JointPassOutput:
     config: VimpoConfig
     lam: float
     actor_loss_weight: float = 1.0
+    prior: tuple[Tensor, Tensor] | None = None
     result: VimpoBatch | None = None
 
 
@@ -59,6 +61,7 @@ class BatchBefore:
     is_padding: Tensor
     config: VimpoConfig
     actor_loss_weight: float = 1.0
+    prior: tuple[Tensor, Tensor] | None = None
     result: VimpoBatch | None = None
 
 
@@ -140,6 +143,8 @@ def vimpo_advantage(
         "config": output.config,
         "is_padding": output.is_padding,
         "actor_loss_weight": output.actor_loss_weight,
+        "prior": output.prior[0] if output.prior else None,
+        "prior_weight": output.prior[1] if output.prior else None,
     }
     if isinstance(output, BatchBefore):
         output.result = compute_targets(**of_the_batch, before=output.before)
