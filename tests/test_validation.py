@@ -166,7 +166,6 @@ REFUSED = {
     "algorithm.lam=1.5": "algorithm.lam=1.0",
     "algorithm.lam=null": "algorithm.lam=1.0",
     "algorithm.use_kl_in_reward=True": "algorithm.use_kl_in_reward=False",
-    "algorithm.rollout_correction.bypass_mode=True": "algorithm.rollout_correction.bypass_mode=False",
     "algorithm.rollout_correction.rollout_rs=token_k1": "algorithm.rollout_correction.rollout_rs=null",
     "critic.enable=True": "remove critic.enable",
     "trainer.use_v1=False": "trainer.use_v1=True",

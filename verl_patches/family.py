@@ -54,7 +54,7 @@ FAMILY = {
             title="VIMPO",
             config="vimpo_verl.config:parse_config",
             recipe="verl_patches.recipe_checks",
-            trainer="verl_patches.trainer:VimpoTrainer",
+            trainer="verl_patches.one_pass:OnePassTrainer",
             policy_loss="verl_patches.policy_loss_config:VimpoPolicyLossConfig",
             needs_reference=True,
         ),

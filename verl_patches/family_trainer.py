@@ -26,6 +26,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from verl_patches.checkpoints import CheckpointedTrainer
 from verl_patches.family import FAMILY, Member
+from verl_patches.finite import first_non_finite
 from verl_patches.group_parts import group_parts, with_group_parts
 from verl_patches.loss_aggregation import mini_batch_size
 from verl_patches.reward_noise import with_reward_noise
@@ -104,9 +105,13 @@ class FamilyTrainer:
         self.set_up_estimator()
         print(
             f"vimpo_verl {__version__}: {self.member.title} in force on verl {verl.__version__}, in {type(self).__name__}: "
-            f"{self.knobs}, lam={config.algorithm.lam}",
+            f"{self.settings()}",
             flush=True,
         )
+
+    def settings(self) -> str:
+        """What the line says that the estimator prints when it is in force."""
+        return f"{self.knobs}, lam={self.config.algorithm.lam}"
 
     def set_up_estimator(self) -> None:
         """Set up what the trainer remembers from step to step; `config` and `knobs` are there."""
@@ -191,28 +196,27 @@ class FamilyTrainer:
                 + (", the weights are as before" if skipped == updates else ", the others have changed the weights")
             )
 
-    def require_sound(self, batch: KVBatchMeta, mask: torch.Tensor, reason: str, **per_token: torch.Tensor) -> None:
+    def require_sound(
+        self, batch: KVBatchMeta, mask: torch.Tensor | None, reason: str, **per_token: torch.Tensor
+    ) -> None:
         """A non-finite value on a valid token is a fault to report, not to hide.
 
         Args:
             batch: verl's handle; equal parts of it, in its order, went to the data-parallel ranks.
-            mask, per_token: nested [B, response].
+            mask, per_token: [B, response], nested or padded. None: every token counts.
             reason: what that means, for the message.
 
         Raises:
             FloatingPointError: naming the quantity, the sample, the token, the step and the rank.
         """
         ranks = data_parallel_size(self.actor_rollout_wg)
-        valid = mask.values().bool()
         for name, tensor in per_token.items():
-            bad = (valid & ~torch.isfinite(tensor.values())).nonzero()
-            if bad.numel():
-                position = bad[0].item()
-                sample = int(torch.searchsorted(tensor.offsets(), position, right=True)) - 1
+            found = first_non_finite(tensor, mask)
+            if found is not None:
+                sample, token, value, count = found
                 raise FloatingPointError(
-                    f"step {self.global_steps}: {name} is {tensor.values()[position].item()} at response token "
-                    f"{position - int(tensor.offsets()[sample])} of sample {batch.keys[sample]} on data-parallel rank "
-                    f"{sample * ranks // len(batch.keys)} ({len(bad)} such tokens in the batch): {reason}"
+                    f"step {self.global_steps}: {name} is {value} at response token {token} of sample {batch.keys[sample]} on "
+                    f"data-parallel rank {sample * ranks // len(batch.keys)} ({count} such tokens in the batch): {reason}"
                 )
 
 

@@ -8,6 +8,7 @@ adapters on and off at once.
 import contextlib
 from typing import Any
 
+import torch
 from tensordict import TensorDict
 
 
@@ -27,6 +28,10 @@ class _EngineWithAdaptersOff:
 
     def __init__(self, engine: Any):
         self._engine = engine
+
+    @property
+    def module(self) -> torch.nn.Module:
+        return self._engine.module
 
     def eval_mode(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()  # the policy's engine is in a mode of its own already

@@ -7,9 +7,11 @@ calls them in the driver, before Ray starts.
 from collections.abc import Iterator
 from typing import Any
 
+from verl_patches import passes
 from verl_patches.engine_checks import engine_problems, has_lora
 from verl_patches.group_switch import budget_of
 from verl_patches.loss_aggregation import full_length_weight
+from verl_patches.switch import knobs_of
 from vimpo_verl.config import VimpoConfig
 
 # Trainer modes of verl.trainer.ppo.v1 that FamilyTrainer can be put in front of.
@@ -28,7 +30,7 @@ def problems(config: Any) -> list[str]:
     found = list(type_problems(config))
     if found:
         return found  # the other checks compute with these values
-    for check in (_reference_refresh, _algorithm, _trainer, engine_problems, _model, _losses):
+    for check in (_reference_refresh, _algorithm, _passes, _trainer, engine_problems, _model, _losses):
         found += check(config)
     return found
 
@@ -130,11 +132,6 @@ def _algorithm(config: Any) -> Iterator[str]:
             "derivation; write algorithm.use_kl_in_reward=False"
         )
     correction = algorithm.get("rollout_correction") or {}
-    if correction.get("bypass_mode", False):
-        yield (
-            "algorithm.rollout_correction.bypass_mode=True: it skips the pass that kappa comes from; write "
-            "algorithm.rollout_correction.bypass_mode=False"
-        )
     if correction.get("rollout_rs") is not None:
         yield (
             f"algorithm.rollout_correction.rollout_rs={correction.rollout_rs}: it masks tokens of the responses, and VIMPO's "
@@ -155,6 +152,11 @@ def trainer_problems(config: Any, what: str) -> Iterator[str]:
             f"trainer.v1.trainer_mode={mode}: {what} has no trainer for it; write trainer.v1.trainer_mode=sync or "
             "colocate_async"
         )
+
+
+def _passes(config: Any) -> Iterator[str]:
+    knobs, _ = knobs_of(config)
+    yield from passes.problems(config, knobs)
 
 
 def _trainer(config: Any) -> Iterator[str]:
