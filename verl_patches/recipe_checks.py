@@ -30,7 +30,7 @@ def problems(config: Any) -> list[str]:
     found = list(type_problems(config))
     if found:
         return found  # the other checks compute with these values
-    for check in (_reference_refresh, _algorithm, _passes, _trainer, engine_problems, _model, _losses):
+    for check in (_switches, _reference_refresh, _algorithm, _passes, _trainer, engine_problems, _model, _losses):
         found += check(config)
     return found
 
@@ -101,6 +101,19 @@ def type_problems(config: Any) -> Iterator[str]:
         value = OmegaConf.select(config, key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             yield f"{key}={value!r}: write an integer"
+
+
+def _switches(config: Any) -> Iterator[str]:
+    """Kappa that verl's fused heads cannot give, because they make no logits."""
+    knobs, _ = knobs_of(config)
+    if not config.actor_rollout_ref.model.get("use_fused_kernels", False):
+        return
+    for name, is_set in {"kl_estimator": knobs.kl_estimator == "topk", "kappa_detach": not knobs.kappa_detach}.items():
+        if is_set:
+            yield (
+                f"actor_rollout_ref.model.use_fused_kernels=True with algorithm.vimpo.{name}={getattr(knobs, name)}: there are "
+                "no logits to take kappa from; write actor_rollout_ref.model.use_fused_kernels=False"
+            )
 
 
 def _reference_refresh(config: Any) -> Iterator[str]:
