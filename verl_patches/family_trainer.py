@@ -29,6 +29,7 @@ from verl_patches.family import FAMILY, Member
 from verl_patches.finite import first_non_finite
 from verl_patches.group_parts import group_parts, with_group_parts
 from verl_patches.loss_aggregation import mini_batch_size
+from verl_patches.presence import require_on_every_node
 from verl_patches.reward_noise import with_reward_noise
 from verl_patches.switch import knobs_of, member_of
 from verl_patches.watchdog import WatchedTrainer
@@ -90,7 +91,8 @@ class FamilyTrainer:
         """As the trainer's behind it; says that the estimator is in force.
 
         Raises:
-            RuntimeError: the run has not been through verl's validate_config, which carries the knobs to the workers.
+            RuntimeError: the run has not been through verl's validate_config, which carries the knobs to the workers, or a
+                node lacks this package.
         """
         super().__init__(*args, **kwargs)
         config = self.config
@@ -103,6 +105,8 @@ class FamilyTrainer:
         if problems:
             raise ValueError("\n".join(problems))
         self.set_up_estimator()
+        if ray.is_initialized() and self.worker_type is not None:
+            require_on_every_node()
         print(
             f"vimpo_verl {__version__}: {self.member.title} in force on verl {verl.__version__}, in {type(self).__name__}: "
             f"{self.settings()}",

@@ -90,8 +90,9 @@ def statistics_against_reference(
     """
     micro_batch = micro_batch.copy()  # shallow; the flags below are the reference's
     tu.assign_non_tensor(micro_batch, **_HOOK_FLAGS)
-    # The labels in the layout of the logits (rolled, padded and sliced for sequence parallelism) are verl's.
-    _, output_args = ref_engine.prepare_model_inputs(micro_batch=micro_batch)
+    # The labels in the layout of the logits (rolled, padded and sliced for sequence parallelism) are verl's. They need no
+    # images, which would be put together once more.
+    _, output_args = ref_engine.prepare_model_inputs(micro_batch=micro_batch.exclude("multi_modal_inputs"))
     policy_logits = policy_logits if through_kl else policy_logits.detach()
     ref_hook = _ReferenceLogitsHook(policy_logits, output_args, micro_batch["input_ids"].offsets(), top_k, through_kl)
     with ref_hook.on(ref_engine.module):
@@ -192,7 +193,8 @@ def joint_infer_batch(
     """One pass over `data` with the policy and the reference.
 
     Args:
-        actor, ref: verl's TrainingWorkers of the two models, both on the FSDP engine, with equal sequence parallelism.
+        actor, ref: verl's TrainingWorkers of the two models, both on the FSDP engine, with equal sequence parallelism, or both
+            on the Megatron engine.
         data: as for TrainingWorker.infer_batch.
         kl_estimator: "exact", "topk", "k2" or "k3".
         top_k: for "topk".
@@ -201,6 +203,10 @@ def joint_infer_batch(
         What TrainingWorker.infer_batch returns, with nested [B, prompt + response] `log_probs`, `entropy`,
         `ref_log_probs` and `token_kl`, in nats; None on ranks that collect nothing.
     """
+    if actor.engine_config.strategy == "megatron":
+        from verl_patches.megatron_pass import megatron_infer_batch  # needs Megatron Core
+
+        return megatron_infer_batch(actor, ref, data, kl_estimator)
     with ref.engine.eval_mode():
         if actor.engine_config.use_fused_kernels:
             tu.assign_non_tensor(data, compute_loss=False, calculate_entropy=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
 
 
 class AdaptersOff:
@@ -21,6 +22,12 @@ class AdaptersOff:
 
     def __init__(self, actor: Any):
         self.engine = _EngineWithAdaptersOff(actor.engine)
+        self._actor = actor
+
+    def infer_batch(self, data: TensorDict) -> TensorDict | None:
+        """As TrainingWorker.infer_batch."""
+        tu.assign_non_tensor(data, no_lora_adapter=True)  # verl's own word for it
+        return self._actor.infer_batch(data)
 
 
 class _EngineWithAdaptersOff:

@@ -180,6 +180,8 @@ class OnePassTrainer(VimpoTrainer):
             self.trained_advantages = {n: value for n, value in found.items() if n.startswith("critic/")}
             metrics.update({n: value for n, value in found.items() if n not in self.trained_advantages})
             self.before = Statistics.of_metrics(metrics)
+        if metrics.get("vimpo/reference_refreshed"):
+            self.before = None  # values begin anew with the reference, as at a run's start
         return batch
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args, **kwargs) -> None:

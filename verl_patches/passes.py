@@ -6,6 +6,8 @@ from typing import Any
 
 from vimpo_verl.config import SECTION, VimpoConfig
 
+NOT_ON = "megatron"  # the engine whose update hands one pass nothing but kappa
+
 
 @dataclass(frozen=True)
 class Passes:
@@ -43,6 +45,11 @@ def _untried(knobs: VimpoConfig) -> str | None:
 def problems(config: Any, knobs: VimpoConfig) -> list[str]:
     """Why `passes` cannot be what is asked for. Arguments as for `decide`."""
     bypass = bypasses_old_log_probs(config)
+    if bypass and config.actor_rollout_ref.actor.strategy == NOT_ON:
+        return [
+            f"algorithm.rollout_correction.bypass_mode=True with actor_rollout_ref.actor.strategy={NOT_ON}: one pass, which it "
+            "asks for, does not run there; write algorithm.rollout_correction.bypass_mode=False"
+        ]
     if knobs.passes == "two" and bypass:
         return [
             f"{SECTION}.passes=two with algorithm.rollout_correction.bypass_mode=True: that recipe has no pass before the "
@@ -89,6 +96,8 @@ def _obstacles(config: Any, knobs: VimpoConfig) -> Iterator[str]:
         )
     if actor.ppo_epochs > 1:
         yield f"actor.ppo_epochs={actor.ppo_epochs}: after the first epoch the policy is not the one before the update"
+    if actor.strategy == NOT_ON:
+        yield f"actor_rollout_ref.actor.strategy={NOT_ON}: one pass does not run there yet"
     correction = config.algorithm.get("rollout_correction") or {}
     for name in ("rollout_is", "rollout_rs"):
         if correction.get(name) is not None:

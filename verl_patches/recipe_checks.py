@@ -178,6 +178,8 @@ def _trainer(config: Any) -> Iterator[str]:
 
 def _model(config: Any) -> Iterator[str]:
     model = config.actor_rollout_ref.model
+    if config.actor_rollout_ref.actor.strategy == "megatron":
+        return  # verl_patches.megatron_checks
     if has_lora(model) and not (model.get("lora_rank") or 0) > 0:
         yield (
             "actor_rollout_ref.model.lora_rank=0 with actor_rollout_ref.model.lora_adapter_path or lora.rank: verl's FSDP "

@@ -68,7 +68,8 @@ SEAMS = (
         name="trainer, worker, joint pass and value loss",
         module="verl.trainer.ppo.v1",
         install="verl_patches.family_trainer:install",
-        touches="PPOTrainer.__new__, role_worker_mapping, ActorRolloutRefWorker, TrainingWorker",
+        touches="PPOTrainer.__new__, role_worker_mapping, ActorRolloutRefWorker, TrainingWorker, "
+        "MegatronEngineWithLMHead._lm_head_logits_processor",
         how="subclass",
         upstream="volcengine/verl#7712 (reference log-probs for a registered policy loss)",
     ),
@@ -76,8 +77,22 @@ SEAMS = (
         name="refusal of other trainers",
         module="verl.trainer.ppo.ray_trainer",
         install="verl_patches.other_trainers:install",
-        touches="RayPPOTrainer._create_dataloader",
+        touches="RayPPOTrainer.__new__, _create_dataloader",
         how="wrapper",
+    ),
+    Seam(
+        name="refusal of other runners",
+        module="verl.trainer.main_ppo",
+        install="verl_patches.other_runners:install",
+        touches="run_ppo",
+        how="wrapper",
+    ),
+    Seam(
+        name="presence in every process",
+        module="omegaconf",
+        install="verl_patches.presence:install",
+        touches="OmegaConf.register_new_resolver",
+        how="registration",
     ),
     Seam(
         name="complete checkpoints",
