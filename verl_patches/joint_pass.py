@@ -147,10 +147,11 @@ class _ReferenceLogitsHook(_LogitsHook):
             logits = logits.full_tensor()
         output.logits = logits.new_zeros(*logits.shape[:-1], 1)
         self._scale(logits)
-        if "temperature_rmpad" in self.output_args:
-            self.statistics = self.reduce(logits.squeeze(0), self.policy_logits, self.labels)
-        else:
-            self.statistics = self._reduce_padded(logits)
+        with torch.set_grad_enabled(self.through_kl):  # also what slices the policy's logits must record it
+            if "temperature_rmpad" in self.output_args:
+                self.statistics = self.reduce(logits.squeeze(0), self.policy_logits, self.labels)
+            else:
+                self.statistics = self._reduce_padded(logits)
         return output
 
     def _scale(self, logits: Tensor) -> None:
@@ -167,16 +168,14 @@ class _ReferenceLogitsHook(_LogitsHook):
         for row, (start, end) in zip(logits, itertools.pairwise(self.offsets.tolist()), strict=True):
             rows = slice(start, end)
             parts.append(self.reduce(row[: end - start], self.policy_logits[rows], self.labels[rows]))
-        with torch.set_grad_enabled(self.through_kl):
-            return TokenStatistics(*(torch.cat(results) for results in zip(*parts, strict=True)))
+        return TokenStatistics(*(torch.cat(results) for results in zip(*parts, strict=True)))
 
     def reduce(self, logits: Tensor, policy_logits: Tensor, labels: Tensor) -> TokenStatistics:
         """Logits [n, V] of the reference and of the policy, labels [n] -> TokenStatistics, each [n]."""
         statistics = token_statistics(policy_logits.detach(), logits, labels)
         if self.top_k is None and not self.through_kl:
             return statistics
-        with torch.set_grad_enabled(self.through_kl):
-            return statistics._replace(token_kl=_token_kl(policy_logits, logits, self.top_k))
+        return statistics._replace(token_kl=_token_kl(policy_logits, logits, self.top_k))
 
 
 def _token_kl(policy_logits: Tensor, ref_logits: Tensor, top_k: int | None) -> Tensor:

@@ -104,15 +104,19 @@ def type_problems(config: Any) -> Iterator[str]:
 
 
 def _switches(config: Any) -> Iterator[str]:
-    """Kappa that verl's fused heads cannot give, because they make no logits."""
+    """Kappa that takes whole logits of both models, which fused heads do not make and Megatron's ranks do not have."""
     knobs, _ = knobs_of(config)
-    if not config.actor_rollout_ref.model.get("use_fused_kernels", False):
-        return
-    for name, is_set in {"kl_estimator": knobs.kl_estimator == "topk", "kappa_detach": not knobs.kappa_detach}.items():
-        if is_set:
+    asked = {"kl_estimator": knobs.kl_estimator == "topk", "kappa_detach": not knobs.kappa_detach}
+    for name in [name for name, is_set in asked.items() if is_set]:
+        if config.actor_rollout_ref.model.get("use_fused_kernels", False):
             yield (
                 f"actor_rollout_ref.model.use_fused_kernels=True with algorithm.vimpo.{name}={getattr(knobs, name)}: there are "
                 "no logits to take kappa from; write actor_rollout_ref.model.use_fused_kernels=False"
+            )
+        if config.actor_rollout_ref.actor.strategy == "megatron":
+            yield (
+                f"actor_rollout_ref.actor.strategy=megatron with algorithm.vimpo.{name}={getattr(knobs, name)}: a rank has a "
+                "part of the vocabulary, and this kappa takes the whole; write actor_rollout_ref.actor.strategy=fsdp2"
             )
 
 
