@@ -24,6 +24,7 @@ from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
+from verl_patches.batches import data_parallel_size
 from verl_patches.checkpoints import CheckpointedTrainer
 from verl_patches.family import FAMILY, Member
 from verl_patches.finite import first_non_finite
@@ -227,16 +228,6 @@ class FamilyTrainer:
 def say(sentence: str) -> None:
     """Something that the user should know, on stderr."""
     print(f"vimpo_verl: {sentence}", file=sys.stderr, flush=True)
-
-
-def data_parallel_size(worker_group: Any) -> int:
-    """Ranks of the actor's data-parallel group; 1 where verl has not asked for it yet."""
-    return max(getattr(worker_group, "_dispatch_info", {}).get("actor", [0])) + 1
-
-
-def is_padding(batch: KVBatchMeta) -> list[bool]:
-    """Which samples of a batch verl has added to fill it up."""
-    return [bool(tag.get("is_padding", False)) for tag in batch.tags]
 
 
 def require_one_output_a_session(keys: list[str]) -> None:

@@ -14,7 +14,8 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.workers.utils.padding import response_from_nested
 
-from verl_patches.family_trainer import FamilyTrainer, is_padding, require_one_output_a_session, say
+from verl_patches.batches import is_padding
+from verl_patches.family_trainer import FamilyTrainer, require_one_output_a_session, say
 from verl_patches.loss_aggregation import aggregation_weight
 from verl_patches.names import ACTOR_COEFF, BETA, IS_REAL
 from verl_patches.run_beta import RunBeta
