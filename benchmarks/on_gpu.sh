@@ -9,7 +9,7 @@
 # GRPO with a reference, VIMPO in two passes and in one, at Qwen3's shapes with random weights, with and without fused kernels.
 # Needs torch, Triton, transformers and verl's engine; no vLLM and no Ray cluster. A part that fails does not end the others.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 OUT=${1:-benchmarks/results}
 PYTHON=${PYTHON:-python3}
