@@ -240,14 +240,19 @@ def test_the_clipped_value_loss(loss_type, delta):
     assert all(x.grad is None for x in inputs[1:])
 
 
-def test_the_clipped_value_loss_of_the_first_update_is_the_value_loss():
+@pytest.mark.parametrize("detach_kl", [True, False])
+def test_the_clipped_value_loss_of_the_first_update_is_the_value_loss(detach_kl):
     gradients = []
     for clip in (False, True):
         log_prob, ref_log_prob, token_kl = token_inputs()
-        new, rest = log_prob.clone().requires_grad_(), (ref_log_prob, token_kl, random(B, seed=4), MASK, 0.3)
-        losses = F.clipped_value_loss(new, log_prob, *rest, clip=0.2) if clip else F.value_loss(new, *rest)
+        new, kl = log_prob.clone().requires_grad_(), token_kl.clone().requires_grad_()
+        rest, kind = (ref_log_prob, kl, random(B, seed=4), MASK, 0.3), {"detach_kl": detach_kl}
+        losses = (
+            F.clipped_value_loss(new, log_prob, *rest, clip=0.2, **kind) if clip else F.value_loss(new, *rest, **kind)
+        )
         losses.sum().backward()
-        gradients.append(new.grad)
+        assert (kl.grad is None) == detach_kl
+        gradients.append([new.grad] if detach_kl else [new.grad, kl.grad])
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
 
 

@@ -291,10 +291,12 @@ def value_loss(
     *,
     loss_type: str = "squared_error",
     huber_delta: float = 0.5,
+    detach_kl: bool = True,
 ) -> Tensor:
     """L_V of every sequence: 1/2 ( sum_t (rho_t - sg[kappa_t]) - (R - V0) )^2, or Huber's (paper section 3).
 
-    The gradient flows through log_prob only: kappa, the reference and the target are stopped.
+    The gradient flows through log_prob only: kappa, the reference and the target are stopped. `detach_kl` False lets it flow
+    through kappa, too, as the authors' switch of that name: L_V then also falls by shrinking the KL itself.
 
     Args:
         log_prob, ref_log_prob, token_kl: [B, T], in nats.
@@ -303,6 +305,7 @@ def value_loss(
         beta: weight of the reference, > 0.
         loss_type: "squared_error", or "huber", which is linear beyond |residual| = huber_delta.
         huber_delta: > 0.
+        detach_kl: stop the gradient of kappa.
 
     Returns:
         [B]; the caller averages over the sequences of the global mini-batch. float32 for half precision inputs.
@@ -312,7 +315,8 @@ def value_loss(
     """
     if loss_type not in VALUE_LOSS_TYPES:
         raise ValueError(f"unknown loss_type {loss_type!r}: choose one of {', '.join(VALUE_LOSS_TYPES)}")
-    td = td_residual(log_prob, ref_log_prob.detach(), token_kl.detach(), response_mask, beta)
+    token_kl = token_kl.detach() if detach_kl else token_kl
+    td = td_residual(log_prob, ref_log_prob.detach(), token_kl, response_mask, beta)
     _require_target(target, td)
     residual = td.sum(-1) - accumulating(target.detach())
     if loss_type == "squared_error":
@@ -341,6 +345,7 @@ def clipped_value_loss(
     clip: float,
     loss_type: str = "squared_error",
     huber_delta: float = 0.5,
+    detach_kl: bool = True,
 ) -> Tensor:
     """L_V for several updates a batch: the number is that of `value_loss`, its gradient knows the ratio to the old policy.
 
@@ -354,7 +359,8 @@ def clipped_value_loss(
     ratio knows no bound.
 
     Args:
-        log_prob, ref_log_prob, token_kl, target, response_mask, beta, loss_type, huber_delta: as for `value_loss`.
+        log_prob, ref_log_prob, token_kl, target, response_mask, beta, loss_type, huber_delta, detach_kl: as for
+            `value_loss`. A kappa that is not detached has its gradient unweighed.
         old_log_prob: [B, T], in nats, of the policy that the ratio is to, as PPO's. Detached.
         clip: > 0, how far r_t may be from 1 before a token is pushed no further.
 
@@ -366,9 +372,8 @@ def clipped_value_loss(
     """
     require_positive(clip=clip)
     valid = valid_tokens(response_mask, log_prob=log_prob, old_log_prob=old_log_prob)
-    loss = value_loss(
-        log_prob.detach(), ref_log_prob, token_kl, target, valid, beta, loss_type=loss_type, huber_delta=huber_delta
-    )
+    kind = {"loss_type": loss_type, "huber_delta": huber_delta}
+    loss = value_loss(log_prob.detach(), ref_log_prob, token_kl.detach(), target, valid, beta, **kind)
     td = td_residual(log_prob.detach(), ref_log_prob.detach(), token_kl.detach(), valid, beta)
     error = td.sum(-1, keepdim=True) - accumulating(target.detach()).unsqueeze(-1)
     if loss_type == "huber":
@@ -377,7 +382,10 @@ def clipped_value_loss(
     ratio = (log_prob.detach() - zero_where_masked(accumulating(old_log_prob.detach()), valid)).exp()
     goes_on_beyond = ((error > 0) & (ratio < 1 - clip)) | ((error < 0) & (ratio > 1 + clip))
     weight = torch.where(goes_on_beyond, 0.0, ratio.clamp(max=1 + clip))
-    surrogate = beta * (weight * error * log_prob).sum(-1)
+    pushed = weight * log_prob
+    if not detach_kl:
+        pushed = pushed - zero_where_masked(accumulating(token_kl), valid)
+    surrogate = beta * (error * pushed).sum(-1)
     return loss + surrogate - surrogate.detach()
 
 
