@@ -58,7 +58,23 @@ def make_models(folder: Path, tied: bool = False, layers: int = 2) -> None:
         bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS, initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config)
+    _save_near_each_other(Qwen3ForCausalLM(config), folder)
+
+
+def make_moe_models(folder: Path) -> None:
+    """The same of Qwen3's mixtures of experts."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_experts=4,
+        num_experts_per_tok=2, norm_topk_prob=True, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, max_position_embeddings=512, bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    _save_near_each_other(Qwen3MoeForCausalLM(config), folder)
+
+
+def _save_near_each_other(model, folder: Path) -> None:
     model.save_pretrained(folder / "policy")
     with torch.no_grad():
         for parameter in model.parameters():

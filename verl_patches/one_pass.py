@@ -23,7 +23,7 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
 
-from verl_patches.family_trainer import is_padding
+from verl_patches.batches import is_padding
 from verl_patches.loss_aggregation import aggregation_weight, mini_batch_size
 from verl_patches.names import (
     ADVANTAGE_MEAN,
