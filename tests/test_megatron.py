@@ -134,18 +134,13 @@ def found(four_layers, moe_models):
     """Layout -> the step on the Megatron engine, of each rank."""
     cases = [(four_layers, MegatronSetting(**{**STEP, **layout, **changed})) for layout, changed in LAYOUTS.values()]
     cases += [(moe_models, MegatronSetting(**{**STEP, **layout})) for layout in EXPERTS.values()]
-    cases += [
-        (
-            moe_models,
-            MegatronSetting(
-                **{**STEP, "epochs": 1, **layout}, router_replay=True, routes={} if "given" in name else None
-            ),
-        )
-        for name, layout in REPLAY.items()
-    ]
+    once, given = {**STEP, "epochs": 1, "router_replay": True}, REPLAY["replay, given"]
+    for name, layout in REPLAY.items():
+        cases.append((moe_models, MegatronSetting(**once, **layout, routes={} if "given" in name else None)))
+    cases.append((moe_models, MegatronSetting(**once, **given, routes={"others": True})))
     cases += [(four_layers, MegatronSetting(equal_models=True, dtype="bf16", **layout)) for layout in EQUAL.values()]
     by_rank = run_on_ranks(2, megatron_steps, cases)
-    names = [*LAYOUTS, *EXPERTS, *REPLAY, *(f"{name}, equal weights" for name in EQUAL)]
+    names = [*LAYOUTS, *EXPERTS, *REPLAY, "other routes", *(f"{name}, equal weights" for name in EQUAL)]
     return {name: [results[i] for results in by_rank] for i, name in enumerate(names)}
 
 
@@ -162,6 +157,14 @@ def test_a_step_of_a_mixture_of_experts_is_that_of_the_fsdp_engine(expected, fou
         for tensors in (*step.gradients, step.parameters):
             stack_experts(tensors)
         assert_same_step(step, expected["replay" if layout in REPLAY else "experts"])
+
+
+def test_routes_that_are_given_are_the_policys_alone(expected, found):
+    """Through other experts its log-probs are others; the reference's are what they were."""
+    for step in found["other routes"]:
+        tokens, wanted = step.per_token, expected["replay"].per_token
+        assert_close(torch.cat(tokens["ref_log_probs"]), torch.cat(wanted["ref_log_probs"]))
+        assert (torch.cat(tokens["log_probs"]) - torch.cat(wanted["log_probs"])).abs().max() > 0.1
 
 
 def stack_experts(tensors):
