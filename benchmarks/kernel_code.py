@@ -20,8 +20,8 @@ import triton
 from report import arguments, show
 from triton.backends.compiler import GPUTarget
 
-import vimpo_verl.token_statistics_triton as usual
-import vimpo_verl.token_statistics_triton_careful as careful
+import vimpo_verl.token_statistics.triton_careful as careful
+import vimpo_verl.token_statistics.triton_kernel as usual
 
 # Of NVIDIA's data sheets and architecture papers: compute capability, processors, float32 lanes of a processor, GHz, TB/s.
 GPUS = {

@@ -139,21 +139,19 @@ def make_trainer(config, monkeypatch, stock=None):
     import verl.workers.engine_workers as engine_workers
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
-    from verl_patches.run_beta import RunBeta
+    from verl_patches.family_trainer import trainer_class
     from verl_patches.switch import knobs_of
-    from verl_patches.trainer import trainer_class
-    from verl_patches.worker import VimpoActorRolloutRefWorker
 
     queue = InMemoryQueue()
     monkeypatch.setattr(transfer_queue, "kv_batch_get", queue.get)
     monkeypatch.setattr(transfer_queue, "kv_batch_put", queue.put)
     monkeypatch.setattr(engine_workers, "get_rollout_class", lambda name, mode: lambda **_: None)
-    worker = VimpoActorRolloutRefWorker(config=config.actor_rollout_ref, role="actor_rollout_ref")
-    worker.init_model()
     trainer_type = trainer_class(stock or TRAINER_REGISTRY[config.trainer.v1.trainer_mode], config)
+    worker = trainer_type.worker_type(config=config.actor_rollout_ref, role="actor_rollout_ref")
+    worker.init_model()
     trainer = object.__new__(trainer_type)  # its __init__ makes a replay buffer
     trainer.config, trainer.knobs, trainer.global_steps = config, knobs_of(config)[0], 1
-    trainer.rollout_n, trainer.scale_said, trainer.run_beta = {}, False, RunBeta(trainer.knobs)
+    trainer.set_up_estimator()
     trainer.actor_rollout_wg = InProcessGroup(worker, queue)
     return trainer, queue
 

@@ -124,7 +124,7 @@ def test_the_whole_command_reads_what_its_first_line_writes(arguments_of_the_rea
 def test_the_line_that_shows_that_it_is_on_is_one_that_the_code_prints():
     (line,) = re.findall(r"It is on when the log says `(.+?) \.\.\.`", README)
     sources = "".join(path.read_text() for path in (ROOT / "verl_patches").glob("*.py"))
-    assert re.search(rf'print\([^)]*f".*{line} ', sources)
+    assert re.search(rf'print\([^)]*f".*{line.replace("VIMPO", "{self.member.title}", 1)} ', sources)
 
 
 def test_the_workflow_runs_the_readmes_two_commands():

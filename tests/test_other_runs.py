@@ -169,6 +169,7 @@ def test_another_estimator_gets_the_very_class(stock, derived, no_initialisation
 @pytest.mark.parametrize("stock", MODES, indirect=True)
 def test_vimpo_is_put_in_front_of_a_derived_trainer(stock, no_initialisation, capsys):
     from verl_patches.checkpoints import CheckpointedTrainer
+    from verl_patches.family_trainer import FamilyTrainer
     from verl_patches.trainer import VimpoTrainer
     from verl_patches.watchdog import WatchedTrainer
 
@@ -178,7 +179,7 @@ def test_vimpo_is_put_in_front_of_a_derived_trainer(stock, no_initialisation, ca
     capsys.readouterr()
     trainer = called(config=config)
     assert trainer.of_a_user and isinstance(trainer, called)
-    assert type(trainer).__mro__[1:5] == (WatchedTrainer, CheckpointedTrainer, VimpoTrainer, called)
+    assert type(trainer).__mro__[1:6] == (WatchedTrainer, CheckpointedTrainer, VimpoTrainer, FamilyTrainer, called)
     (line,) = capsys.readouterr().out.splitlines()
     assert "VIMPO in force on verl" in line and type(trainer).__name__ in line
     assert "beta='auto'" in line and "lam=1.0" in line
@@ -229,7 +230,7 @@ def test_vimpo_says_whose_worker_it_would_replace(monkeypatch):
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
     from verl.workers.engine_workers import ActorRolloutRefWorker
 
-    from verl_patches.trainer import trainer_class
+    from verl_patches.family_trainer import trainer_class
     from verl_patches.worker import VimpoActorRolloutRefWorker
 
     class WorkerOfAUser(ActorRolloutRefWorker):

@@ -175,7 +175,7 @@ def trainer_of(monkeypatch, *overrides, mode="sync"):
     """What verl's task runner makes, without its initialisation; and how often that would have run."""
     import verl.trainer.ppo.v1.trainer_base as base
 
-    import verl_patches.trainer  # noqa: F401
+    import verl_patches.family_trainer  # noqa: F401
 
     initialised = []
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import vimpo_verl.token_statistics as module
+import vimpo_verl.token_statistics.cpu as module
 from vimpo_verl.token_statistics import TokenStatistics, linear_token_statistics, token_statistics
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

@@ -118,11 +118,11 @@ def test_a_non_finite_model_is_named_with_sample_and_token(trainer_and_queue, wh
 
 
 def test_several_outputs_of_one_session_are_refused(trainer_and_queue):
-    from verl_patches.trainer import _require_one_output_a_session
+    from verl_patches.family_trainer import require_one_output_a_session
 
-    _require_one_output_a_session(["a_0_0", "a_1_0", "b_0_0"])
+    require_one_output_a_session(["a_0_0", "a_1_0", "b_0_0"])
     with pytest.raises(NotImplementedError, match="3 outputs for 2 sessions"):
-        _require_one_output_a_session(["a_0_0", "a_0_1", "b_0_0"])
+        require_one_output_a_session(["a_0_0", "a_0_1", "b_0_0"])
 
 
 def test_a_batch_that_is_not_from_vimpos_trainer_is_refused(trainer_and_queue):

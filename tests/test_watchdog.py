@@ -150,7 +150,7 @@ def test_auto_ends_what_can_only_be_dead():
         "generation and rewards", "putting the rollout to sleep", "the checkpoint", "the weight sync", "validation",
     }  # fmt: skip
     assert set(bounds.values()) == {AUTO_BOUND, None} and AUTO_BOUND == 4 * HOUR
-    for page in ("vimpo_verl/config.py", "docs/configuration.md", "docs/reliability.md"):
+    for page in ("vimpo_verl/timeouts.py", "docs/configuration.md", "docs/reliability.md"):
         assert "four hours" in (Path(__file__).parent.parent / page).read_text(), page
 
 
@@ -277,7 +277,7 @@ for name in STAGES:
 
 
 class Watched(WatchedTrainer, Verls):
-    pass
+    estimator = "vimpo"
 
 
 @pytest.mark.parametrize("method", STAGES)

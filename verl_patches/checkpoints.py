@@ -1,6 +1,6 @@
 """Seam: which checkpoints are complete.
 
-Touches PPOTrainer._save_checkpoint and _load_checkpoint, by subclassing: VIMPO's trainers derive from
+Touches PPOTrainer._save_checkpoint and _load_checkpoint, by subclassing: the family's trainers derive from
 CheckpointedTrainer; and the attribute checkpoint_callback (new in 0.9.1), for the length of a save. Checked against
 verl 0.9.1; no upstream issue.
 

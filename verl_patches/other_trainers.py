@@ -1,4 +1,4 @@
-"""Seam: a run with a trainer that VIMPO and reward noise do not reach is refused, where it asks for either.
+"""Seam: a run with a trainer that the family and reward noise do not reach is refused, where it asks for either.
 
 Touches verl.trainer.ppo.ray_trainer.RayPPOTrainer._create_dataloader. Checked against verl 0.9.1; no upstream issue.
 
@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from verl_patches.functions import wrap
-from verl_patches.switch import is_vimpo, noise_of
+from verl_patches.switch import member_of, noise_of
 
 
 def install(ray_trainer: ModuleType) -> None:
@@ -24,10 +24,11 @@ def _create_dataloader(verls: Callable, self: Any, *args, **kwargs) -> None:
     """As verl's.
 
     Raises:
-        RuntimeError: VIMPO or reward noise is asked for.
+        RuntimeError: an estimator of this package or reward noise is asked for.
     """
     noise, problems = noise_of(self.config)
-    asked = ["algorithm.adv_estimator=vimpo"] if is_vimpo(self.config) else []
+    member = member_of(self.config)
+    asked = [f"algorithm.adv_estimator={member.name}"] if member else []
     asked += ["algorithm.reward_noise"] if problems or noise.flip_prob > 0 else []
     if asked:
         raise RuntimeError(

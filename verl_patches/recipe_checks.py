@@ -10,7 +10,7 @@ from typing import Any
 from verl_patches.loss_aggregation import full_length_weight
 from vimpo_verl.config import VimpoConfig
 
-# Trainer modes of verl.trainer.ppo.v1 for which VIMPO has a trainer.
+# Trainer modes of verl.trainer.ppo.v1 that FamilyTrainer can be put in front of.
 TRAINER_MODES = ("sync", "colocate_async")
 STRATEGIES = ("fsdp", "fsdp2")
 # Keys of verl's fsdp_config that decide how a forward rounds, with verl's defaults. model_dtype because a model that is
@@ -27,7 +27,7 @@ def problems(config: Any) -> list[str]:
     Returns:
         One sentence a problem; empty if the recipe fits.
     """
-    found = list(_types(config))
+    found = list(type_problems(config))
     if found:
         return found  # the other checks compute with these values
     for check in (_algorithm, _trainer, _engine, _model, _losses):
@@ -55,18 +55,7 @@ def noise_problems(config: Any) -> list[str]:
     Args:
         config: verl's configuration, a DictConfig, with a section algorithm.reward_noise.
     """
-    return [*_noise_trainer(config), *_noise_rewards(config)]
-
-
-def _noise_trainer(config: Any) -> Iterator[str]:
-    if not config.trainer.get("use_v1", True):
-        yield "trainer.use_v1=False: algorithm.reward_noise is built on verl's v1 trainer; write trainer.use_v1=True"
-    mode = config.trainer.get("v1", {}).get("trainer_mode", "sync")
-    if mode not in TRAINER_MODES:
-        yield (
-            f"trainer.v1.trainer_mode={mode}: algorithm.reward_noise has no trainer for it; write "
-            "trainer.v1.trainer_mode=sync or colocate_async"
-        )
+    return [*trainer_problems(config, "algorithm.reward_noise"), *_noise_rewards(config)]
 
 
 def _noise_rewards(config: Any) -> Iterator[str]:
@@ -97,7 +86,7 @@ _SECTIONS = (
 )
 
 
-def _types(config: Any) -> Iterator[str]:
+def type_problems(config: Any) -> Iterator[str]:
     """What is neither left out nor of the type that verl documents for it."""
     from omegaconf import DictConfig, OmegaConf
 
@@ -138,15 +127,20 @@ def _algorithm(config: Any) -> Iterator[str]:
         yield "critic.enable=True: VIMPO's values are implied by the policy, there is no critic; remove critic.enable"
 
 
-def _trainer(config: Any) -> Iterator[str]:
+def trainer_problems(config: Any, what: str) -> Iterator[str]:
+    """The trainer that a recipe asks for, where it is none that `what` can be put in front of."""
     if not config.trainer.get("use_v1", True):
-        yield "trainer.use_v1=False: VIMPO is built on verl's v1 trainer; write trainer.use_v1=True"
+        yield f"trainer.use_v1=False: {what} is built on verl's v1 trainer; write trainer.use_v1=True"
     mode = config.trainer.get("v1", {}).get("trainer_mode", "sync")
     if mode not in TRAINER_MODES:
         yield (
-            f"trainer.v1.trainer_mode={mode}: VIMPO has no trainer for it yet; write trainer.v1.trainer_mode=sync or "
+            f"trainer.v1.trainer_mode={mode}: {what} has no trainer for it; write trainer.v1.trainer_mode=sync or "
             "colocate_async"
         )
+
+
+def _trainer(config: Any) -> Iterator[str]:
+    return trainer_problems(config, "VIMPO")
 
 
 def _engine(config: Any) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Seam: the reference policy is needed for VIMPO, although no KL term asks for it.
+"""Seam: the reference policy is needed for VIMPO (and whatever estimator says so), although no KL term asks for it.
 
 Touches verl.trainer.ppo.utils.need_reference_policy, which looks at use_kl_loss and use_kl_in_reward only. Wrapped when
 verl imports that module, before others import the function by name. Checked against verl 0.9.1; no upstream issue.
@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from verl_patches.functions import wrap
-from verl_patches.switch import is_vimpo
+from verl_patches.switch import member_of
 
 
 def install(utils: ModuleType) -> None:
@@ -18,4 +18,5 @@ def install(utils: ModuleType) -> None:
 
 
 def _need_reference_policy(verls: Callable, config: Any) -> bool:
-    return True if is_vimpo(config) else verls(config)
+    member = member_of(config)
+    return True if member and member.needs_reference else verls(config)

@@ -60,7 +60,7 @@ SEAMS = (
     Seam(
         name="trainer, worker, joint pass and value loss",
         module="verl.trainer.ppo.v1",
-        install="verl_patches.trainer:install",
+        install="verl_patches.family_trainer:install",
         touches="PPOTrainer.__new__, role_worker_mapping, ActorRolloutRefWorker, TrainingWorker",
         how="subclass",
         upstream="volcengine/verl#7712 (reference log-probs for a registered policy loss)",
@@ -127,9 +127,9 @@ def _install(seam: Seam, module) -> None:
         _failures[seam.name] = f"{type(error).__name__}: {error}"
         print(
             f"vimpo_verl: the seam '{seam.name}' ({seam.module}: {seam.touches}) could not be put in force: "
-            f"{_failures[seam.name]}\nRuns with other estimators are not affected; algorithm.adv_estimator=vimpo will "
-            f"be refused. Is this a verl that is tested ({', '.join(TESTED_VERL)})? Run `vimpo check`.\n"
-            + traceback.format_exc(),
+            f"{_failures[seam.name]}\nRuns with verl's own estimators are not affected; algorithm.adv_estimator=vimpo, or "
+            "another of this package, will be refused. Is this a verl that is tested "
+            f"({', '.join(TESTED_VERL)})? Run `vimpo check`.\n" + traceback.format_exc(),
             file=sys.stderr,
             flush=True,
         )

@@ -1,10 +1,10 @@
-"""Seam: validate a VIMPO run, or one with reward noise, in the driver, before Ray starts; carry the knobs to the workers.
+"""Seam: validate a run of the family, or one with reward noise, in the driver, before Ray starts; carry the knobs to the workers.
 
 Touches verl.utils.config.validate_config, the one function that sees the user's configuration in the driver. Wrapped
 when verl imports that module. Checked against verl 0.9.1; no upstream issue.
 
-Which trainer will run is not known here, so what is said here is that the configuration is accepted; that VIMPO is in force
-is said by its trainer.
+Which trainer will run is not known here, so what is said here is that the configuration is accepted; that the estimator is in
+force is said by its trainer.
 """
 
 import copy
@@ -14,10 +14,10 @@ from types import ModuleType
 from typing import Any
 
 from verl_patches import recipe_checks, seams
+from verl_patches.family import Member
 from verl_patches.functions import wrap
-from verl_patches.switch import is_vimpo, knobs_of, noise_of
+from verl_patches.switch import knobs_of, member_of, noise_of
 from vimpo_verl import __version__
-from vimpo_verl.config import VimpoConfig
 from vimpo_verl.reward_noise import SECTION as NOISE_SECTION
 
 logger = logging.getLogger("vimpo_verl")
@@ -29,7 +29,7 @@ def install(config_module: ModuleType) -> None:
 
 
 def _validate_config(verls: Callable, config: Any, *args, **kwargs) -> None:
-    if not is_vimpo(config):
+    if member_of(config) is None:
         print(f"vimpo_verl {__version__}: loaded, inert (algorithm.adv_estimator={config.algorithm.adv_estimator})")
         _refuse(f"{NOISE_SECTION} cannot run with this configuration", _noise_problems(config))
         _announce_noise(config)
@@ -38,11 +38,11 @@ def _validate_config(verls: Callable, config: Any, *args, **kwargs) -> None:
     return verls(config, *args, **kwargs)
 
 
-def prepare(config: Any) -> VimpoConfig:
-    """Check a VIMPO configuration and make it the one that verl's workers need. Changes `config`.
+def prepare(config: Any) -> Any:
+    """Check a configuration of the family and make it the one that verl's workers need. Changes `config`.
 
     Args:
-        config: verl's configuration, a DictConfig, with algorithm.adv_estimator=vimpo.
+        config: verl's configuration, a DictConfig, that asks for an estimator of this package.
 
     Returns:
         The knobs.
@@ -50,13 +50,17 @@ def prepare(config: Any) -> VimpoConfig:
     Raises:
         ValueError: listing every problem at once.
     """
+    member = member_of(config)
+    recipe = member.recipe_checks()
     knobs, knob_problems = knobs_of(config)
-    found = knob_problems + recipe_checks.problems(config) + _seams_not_in_force(seams.SEAMS) + _noise_problems(config)
-    _refuse("algorithm.adv_estimator=vimpo cannot run with this configuration", list(dict.fromkeys(found)))
-    for warning in recipe_checks.warnings(config, knobs) + _version_warning():
+    found = knob_problems + recipe.problems(config) + _seams_not_in_force(seams.SEAMS) + _noise_problems(config)
+    _refuse(f"algorithm.adv_estimator={member.name} cannot run with this configuration", list(dict.fromkeys(found)))
+    for warning in recipe.warnings(config, knobs) + _version_warning():
         logger.warning("vimpo_verl: %s", warning)
-    _carry_to_workers(config, knobs)
-    print(f"vimpo_verl {__version__}: VIMPO accepted with this configuration: {knobs}, lam={config.algorithm.lam}")
+    _carry_to_workers(config, member, knobs)
+    print(
+        f"vimpo_verl {__version__}: {member.title} accepted with this configuration: {knobs}, lam={config.algorithm.lam}"
+    )
     _announce_noise(config)
     return knobs
 
@@ -105,19 +109,21 @@ def _version_warning() -> list[str]:
     return [f"verl {_verl_version()} is not one that vimpo_verl is tested with: {', '.join(seams.TESTED_VERL)}"]
 
 
-def _carry_to_workers(config: Any, knobs: VimpoConfig) -> None:
-    """Name VIMPO's policy loss, with the knobs, where verl's workers build their losses from."""
+def _carry_to_workers(config: Any, member: Member, knobs: Any) -> None:
+    """Name the estimator's policy loss, with the knobs, where verl's workers build their losses from."""
     from dataclasses import asdict
 
     from omegaconf import open_dict
 
     actor_rollout_ref = config.actor_rollout_ref
-    policy_loss = actor_rollout_ref.actor.policy_loss
-    with open_dict(policy_loss):
-        policy_loss._target_ = "verl_patches.policy_loss_config.VimpoPolicyLossConfig"
-        policy_loss.loss_mode = "vimpo"
-        policy_loss.vimpo = {"_target_": "vimpo_verl.config.VimpoConfig", **asdict(knobs)}
-    _fit_reference_to_actor(actor_rollout_ref)
+    if member.policy_loss:
+        policy_loss = actor_rollout_ref.actor.policy_loss
+        with open_dict(policy_loss):
+            policy_loss._target_ = member.policy_loss.replace(":", ".")
+            policy_loss.loss_mode = member.name
+            policy_loss[member.name] = {"_target_": f"{type(knobs).__module__}.{type(knobs).__name__}", **asdict(knobs)}
+    if member.needs_reference:
+        _fit_reference_to_actor(actor_rollout_ref)
 
 
 def _fit_reference_to_actor(actor_rollout_ref: Any) -> None:

@@ -1,6 +1,6 @@
 """Seam: what happens when a stage of training stands still.
 
-Touches PPOTrainer's methods init, fit and STAGES, by subclassing: VIMPO's trainers derive from WatchedTrainer; and
+Touches PPOTrainer's methods init, fit and STAGES, by subclassing: the family's trainers derive from WatchedTrainer; and
 reads ReplayBuffer's partitions and keys by status. Checked against verl 0.9.1; no upstream issue.
 
 verl waits without a bound for answers, rewards and weight syncs: a reward that never returns is a run that stands still
@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-from vimpo_verl.config import SECTION, VimpoConfig
+from vimpo_verl.timeouts import KNOBS, Timeouts
 
 AUTO_BOUND = 4 * 3600.0  # seconds, where a timeout is "auto" and the stage is one that does not take that long
 FIRST_WARNING = 1800.0  # seconds without anything new, or a quarter of the bound where that is less
@@ -33,7 +33,6 @@ INTERVAL = 5.0  # seconds between two looks, or less where a bound is short
 LONGEST_TICK = 10.0  # seconds between two looks that count: a process that was stopped has not waited
 GRACE = 60.0  # seconds that the process has to end by itself once the bound is passed
 SIGNAL = signal.SIGUSR2  # not SIGINT, which a shell makes its background processes ignore
-KNOBS = ("stage_timeout", "validation_timeout", "startup_timeout")  # of VimpoConfig
 
 
 class StageTimeout(RuntimeError):
@@ -46,7 +45,7 @@ class Stage:
 
     Attributes:
         name: as messages call it.
-        knob: the timeout of VimpoConfig that holds for it.
+        knob: the timeout, of vimpo_verl.timeouts, that holds for it.
         auto_bound: seconds without anything new after which "auto" ends the run; None: it does not, because a healthy
             stage may take any time and shows the driver nothing.
         partition: of the replay buffer, whose prompts it waits for; None: no such wait.
@@ -109,6 +108,7 @@ class Watchdog:
         observe: all that has come about so far. Called from another thread.
         describe: stage -> what to add to the message: what it is waiting for, if that is known. From that thread, too.
         grace: seconds from the bound to the end of the process, should the main thread not react.
+        section: where the timeouts stand in verl's configuration.
     """
 
     def __init__(
@@ -117,8 +117,10 @@ class Watchdog:
         observe: Callable[[], AbstractSet] = frozenset,
         describe: Callable[[Stage], str] = lambda stage: "",
         grace: float = GRACE,
+        section: str = "algorithm.vimpo",
     ):
         self.timeouts, self.observe, self.describe, self.grace = timeouts, observe, describe, grace
+        self.section = section
         self._clock: StageClock | None = None
         self._verdict: str | None = None
 
@@ -175,14 +177,14 @@ class Watchdog:
 
     def _outlook(self, clock: StageClock) -> str:
         if clock.bound is None:
-            return f"the run is not ended for that ({SECTION}.{clock.stage.knob}={self.timeouts.get(clock.stage.knob)})"
-        return f"the run will be ended at {clock.bound:.0f} s without anything new ({SECTION}.{clock.stage.knob})"
+            return f"the run is not ended for that ({self.section}.{clock.stage.knob}={self.timeouts.get(clock.stage.knob)})"
+        return f"the run will be ended at {clock.bound:.0f} s without anything new ({self.section}.{clock.stage.knob})"
 
     def _end(self, clock: StageClock, in_main_thread: bool) -> None:
         knob, timeout = clock.stage.knob, self.timeouts[clock.stage.knob]
         allowed = f"auto ({clock.bound:g} s)" if timeout == "auto" else f"{timeout:g}"
         self._verdict = (
-            f"{self._sentence(clock)}, more than {SECTION}.{knob}={allowed} allows: the run is ended. Above: where it "
+            f"{self._sentence(clock)}, more than {self.section}.{knob}={allowed} allows: the run is ended. Above: where it "
             "waits"
         )
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
@@ -235,13 +237,15 @@ def install(v1: ModuleType) -> None:
 
 
 class WatchedTrainer:
-    """In front of a v1 trainer with `knobs`: tells the watchdog each stage that begins, and what there is to see."""
+    """In front of a v1 trainer with `knobs` and `estimator`: tells the watchdog each stage that begins, and what is to see."""
 
     watchdog = Watchdog({})
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.watchdog = watchdog_of(self.knobs, self._come_about, self._waiting_for)
+        self.watchdog = watchdog_of(
+            self.knobs, self._come_about, self._waiting_for, section=f"algorithm.{self.estimator}"
+        )
 
     def init(self) -> None:
         """As verl's, watched."""
@@ -281,9 +285,9 @@ class WatchedTrainer:
         return f", waiting for the answers and rewards of {waiting} prompts" if waiting else ""
 
 
-def watchdog_of(knobs: VimpoConfig, *functions: Callable) -> Watchdog:
-    """The watchdog of a configuration; `functions` are Watchdog's observe and describe."""
-    return Watchdog({name: getattr(knobs, name) for name in KNOBS}, *functions)
+def watchdog_of(knobs: Timeouts, *functions: Callable, **options: str) -> Watchdog:
+    """The watchdog of a configuration; `functions` are Watchdog's observe and describe, `options` its other arguments."""
+    return Watchdog({name: getattr(knobs, name) for name in KNOBS}, *functions, **options)
 
 
 def _file_sizes(folder: Path) -> set[tuple[str, int]]:

@@ -13,8 +13,9 @@ from verl.single_controller.base.decorator import Dispatch, make_nd_compute_data
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.profiler import DistProfiler
-from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+from verl.workers.engine_workers import TrainingWorker
 
+from verl_patches.family_worker import FamilyWorker
 from verl_patches.fused_head import fused_heads
 from verl_patches.joint_pass import joint_infer_batch
 from verl_patches.lora_reference import AdaptersOff
@@ -70,7 +71,7 @@ class VimpoTrainingWorker(TrainingWorker):
                 yield
 
 
-class VimpoActorRolloutRefWorker(ActorRolloutRefWorker):
+class VimpoActorRolloutRefWorker(FamilyWorker):
     """verl's hybrid worker with VIMPO's joint pass and loss."""
 
     actor_worker_cls = VimpoTrainingWorker
@@ -97,32 +98,6 @@ class VimpoActorRolloutRefWorker(ActorRolloutRefWorker):
             "the policy has no LoRA adapters to switch off"
         )
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None):
-        """As verl's, of finite weights only.
-
-        With max_ckpt_to_keep=1 verl deletes the checkpoint before this one when this one's shards are there, before the rest
-        is and before its tracker names it: a run that dies in between has none. So one more is kept then, which takes no more
-        room than verl's own while it saves.
-
-        Raises:
-            FloatingPointError: on every rank, if a weight of any is not finite.
-        """
-        self._require_finite_weights(global_step)
-        keep = 2 if max_ckpt_to_keep == 1 else max_ckpt_to_keep
-        super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep=keep)
-
-    def _require_finite_weights(self, step: int) -> None:
-        bad = [name for name, weight in self.actor.engine.module.named_parameters() if not _is_finite(weight)]
-        anywhere = torch.tensor([len(bad)], device=self.actor.device_name)
-        torch.distributed.all_reduce(anywhere)
-        if anywhere.item():
-            here = f"such as {bad[0]}" if bad else "none"
-            raise FloatingPointError(
-                f"step {step}: the weights of the policy are not finite ({len(bad)} tensors on rank "
-                f"{torch.distributed.get_rank()}, {here}): no checkpoint is written of them"
-            )
-
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     @DistProfiler.annotate(color="blue", role="actor_compute_log_prob")
     def compute_log_prob(self, data: TensorDict) -> TensorDict:
@@ -133,9 +108,3 @@ class VimpoActorRolloutRefWorker(ActorRolloutRefWorker):
         """
         output = joint_infer_batch(self.actor, self.reference, data, self.knobs.kl_estimator)
         return output.cpu() if output is not None else None
-
-
-def _is_finite(weight: torch.Tensor) -> bool:
-    shard = weight.detach()
-    shard = shard.to_local() if hasattr(shard, "to_local") else shard
-    return bool(torch.isfinite(shard).all())

@@ -139,12 +139,20 @@ def _registered() -> Iterator[Finding]:
     except Exception as error:
         yield Finding(FAIL, "registered", f"verl.trainer.ppo.core_algos: {_reason(error)}")
         return
-    for what, registry in (("advantage estimator", ADV_ESTIMATOR_REGISTRY), ("policy loss", POLICY_LOSS_REGISTRY)):
-        entry = registry.get("vimpo")
-        if entry is None:
-            yield Finding(FAIL, what, "'vimpo' is not registered")
-        else:
-            yield Finding(OK, what, f"'vimpo' is {entry.__module__}.{entry.__qualname__}")
+    from verl_patches.family import FAMILY
+
+    with_loss = [member.name for member in FAMILY.values() if member.policy_loss]
+    registries = (
+        ("advantage estimator", ADV_ESTIMATOR_REGISTRY, FAMILY),
+        ("policy loss", POLICY_LOSS_REGISTRY, with_loss),
+    )
+    for what, registry, names in registries:
+        for name in names:
+            entry = registry.get(name)
+            if entry is None:
+                yield Finding(FAIL, what, f"'{name}' is not registered")
+            else:
+                yield Finding(OK, what, f"'{name}' is {entry.__module__}.{entry.__qualname__}")
 
 
 def _driver() -> Iterator[Finding]:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vimpo_verl import section as section_reader
+from vimpo_verl import timeouts
 from vimpo_verl.section import flag, one_of
+from vimpo_verl.timeouts import Timeouts
 
 SECTION = "algorithm.vimpo"
 
@@ -20,7 +22,7 @@ BASELINES = ("group_mean", "leave_one_out", "shrunk")
 
 
 @dataclass(frozen=True)
-class VimpoConfig:
+class VimpoConfig(Timeouts):
     """Knobs under `algorithm.vimpo`; what each does to the equations is in docs/configuration.md.
 
     Attributes:
@@ -41,11 +43,7 @@ class VimpoConfig:
         huber_delta: where huber turns linear, in units of reward; > 0.
         baseline: V0: "group_mean" (the paper's), "leave_one_out" or "shrunk", to the mean of the batch's other prompts.
         baseline_cap: upper bound of V0, or None.
-        stage_timeout: seconds, > 0, for which a stage of a step (generation with rewards, update, checkpoint, weight
-            sync, ...) may stand still before the run is ended, because verl itself waits for ever; None, only said;
-            "auto", it is said, and the run is ended after four hours where that can only mean that something is dead.
-        validation_timeout: the same for a validation.
-        startup_timeout: the same for what comes before the first step; "auto" never ends it.
+        stage_timeout, validation_timeout, startup_timeout: see Timeouts.
     """
 
     beta: float | str = "auto"
@@ -61,9 +59,6 @@ class VimpoConfig:
     huber_delta: float = 0.5
     baseline: str = "group_mean"
     baseline_cap: float | None = None
-    stage_timeout: float | str | None = "auto"
-    validation_timeout: float | str | None = "auto"
-    startup_timeout: float | str | None = "auto"
 
 
 # The paper's recipe where it differs from the defaults (section 5: beta = 5e-4, c_A = 5e-3, no trust factor).
@@ -99,13 +94,6 @@ def _contradictions(config: VimpoConfig) -> list[str]:
 _positive = section_reader.number_where(lambda number: number > 0, "write a number greater than 0")
 _not_negative = section_reader.number_where(lambda number: number >= 0, "write a number, 0 or greater")
 _cap = section_reader.number_where(lambda number: True, "write a number, or null for no cap")
-
-
-def _timeout(value: Any) -> tuple[str, Any]:
-    if value is None or value == "auto":
-        return "", value
-    complaint, seconds = _positive(value)
-    return ("write auto, a number of seconds greater than 0, or null to be warned only" if complaint else ""), seconds
 
 
 def _auto_or(check: section_reader.Check, complaint: str) -> section_reader.Check:
@@ -147,7 +135,5 @@ _CHECKS = {
     "huber_delta": _positive,
     "baseline": one_of(*BASELINES),
     "baseline_cap": _number_or_none,
-    "stage_timeout": _timeout,
-    "validation_timeout": _timeout,
-    "startup_timeout": _timeout,
+    **timeouts.CHECKS,
 }

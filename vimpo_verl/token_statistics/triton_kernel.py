@@ -4,7 +4,7 @@ All entries of a token's vocabulary are taken relative to the sampled token y, i
 
     w = p/p_y    v = q/q_y    delta = log2 (w/v)    p, q the probabilities of policy and reference
     s = sum w         log p_y = -log s
-    s' = sum v        log q_y = -log s'
+    s' = sum v        log q_y = -log s'    log p_y - log q_y = log(s'/s)
     t = sum w log2 w  entropy = log s - ln2 t/s
     D = sum w delta   G = sum w g(delta),  g(x) = 2^-x - 1 + x ln2 >= 0
 
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vimpo_verl.token_statistics_triton_careful import CAREFUL_BLOCK, CAREFUL_WARPS, careful_token_statistics_kernel
+from vimpo_verl.token_statistics.triton_careful import CAREFUL_BLOCK, CAREFUL_WARPS, careful_token_statistics_kernel
 
 # Vocabulary entries read at a time and warps that share them: eight entries a thread, 16 bytes of bfloat16.
 BLOCK = 1024
@@ -35,8 +35,8 @@ COMPILER_OPTIONS = {"enable_fp_fusion": False}
 
 def triton_token_statistics(
     policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, temperature: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log_prob, ref_log_prob, token_kl, entropy; arguments as for `token_statistics`, logits of at most float32.
+) -> Tensor:
+    """log_prob, ref_log_prob, token_kl, entropy, log_ratio; arguments as for `token_statistics`, logits of at most float32.
 
     Args:
         policy_logits, ref_logits: [N, V], bf16, fp16 or fp32, the last dimension contiguous.
@@ -44,11 +44,11 @@ def triton_token_statistics(
         temperature: [N] or None.
 
     Returns:
-        Four [N] tensors, float32.
+        [5, N], float32.
     """
     tokens, vocab_size = policy_logits.shape
     policy_logits, ref_logits = _rows_contiguous(policy_logits), _rows_contiguous(ref_logits)
-    out = policy_logits.new_empty(4, tokens, dtype=torch.float32)
+    out = policy_logits.new_empty(5, tokens, dtype=torch.float32)
     if tokens:
         redo = torch.empty_like(labels, dtype=torch.int8)
         scale = labels if temperature is None else temperature.float().contiguous()  # labels: a pointer never read
@@ -69,7 +69,7 @@ def triton_token_statistics(
                     num_warps=warps,
                     **COMPILER_OPTIONS,
                 )
-    return out[0], out[1], out[2], out[3]
+    return out
 
 
 def _rows_contiguous(logits: Tensor) -> Tensor:
@@ -162,12 +162,15 @@ def token_statistics_kernel(
     log_s_ref = tl.log(tl.sum(s_ref, axis=0).to(tl.float64))
     log_ratio = log_s_ref - log_s
     wide = tl.abs(b - a) > 0.5
-    h = (b - a) - tl.log(1.0 + (b - a))
+    log_mean = tl.log(1.0 + (b - a))
+    h = (b - a) - log_mean
     kl = tl.where(wide, a + log_ratio, b - h)
     entropy = log_s - ln2 * (tl.sum(t, axis=0).to(tl.float64) / total)
     # log2 w and log2 v of the sampled token, which are not quite 0, because the shifts are rounded.
     log_w = tl.fma(z_label, bits, -shift).to(tl.float64)
     log_v = tl.fma(u_label, bits, -ref_shift).to(tl.float64)
+    delta = tl.fma(z_label - u_label, bits, ref_shift - shift).to(tl.float64)
+    label_ratio = ln2 * delta + tl.where(wide, log_ratio, log_mean)
 
     # Of the seven digits of b, a and the logs five are to be left in the results, and four of half precision's, which have
     # fewer to begin with. b has fewer where `far` has added to it, and where the label is so unlikely that the log_w of what
@@ -188,3 +191,4 @@ def token_statistics_kernel(
     tl.store(out_ptr + tokens + token, (ln2 * log_v - log_s_ref).to(tl.float32))
     tl.store(out_ptr + 2 * tokens + token, kl.to(tl.float32))
     tl.store(out_ptr + 3 * tokens + token, entropy.to(tl.float32))
+    tl.store(out_ptr + 4 * tokens + token, label_ratio.to(tl.float32))

@@ -1,4 +1,4 @@
-"""The Triton kernel for the rows that the one of `token_statistics_triton` cannot do: any logits, impossible entries.
+"""The Triton kernel for the rows that the one of `triton_kernel` cannot do: any logits, impossible entries.
 
 It reads the row twice. First, for a token whose policy and reference have the logits z and u, and the sampled token y,
 
@@ -9,7 +9,7 @@ It reads the row twice. First, for a token whose policy and reference have the l
 and then, with delta = d - c, whose mean under the policy is 0 but for rounding,
 
     D = sum w delta               G = sum w g(delta), g(x) = exp(-x) - 1 + x >= 0        a = D/s, b = G/s
-    KL = a + log E_p[exp(-delta)] = a + log(1 + b - a)
+    KL = a + log E_p[exp(-delta)] = a + log(1 + b - a)    log p_y - log q_y = log E_p[exp(-delta)] - c
 
 which loses nothing of a small KL, because G is of second order in delta and a is next to nothing. w exp(-delta) is
 exp(u + (z_y - u_y) + c - m), also where w = 0. Where G is very large, in a KL of more than 69, log E_p[exp(-delta)] is
@@ -129,3 +129,4 @@ def careful_token_statistics_kernel(
     tl.store(out_ptr + tokens + token, ((u_label - m_ref) * unit - log_s_ref).to(tl.float32))
     tl.store(out_ptr + 2 * tokens + token, kl)
     tl.store(out_ptr + 3 * tokens + token, (log_s - t / s).to(tl.float32))
+    tl.store(out_ptr + 4 * tokens + token, (log_mean - centre).to(tl.float32))

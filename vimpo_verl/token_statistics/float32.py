@@ -24,8 +24,8 @@ _SERIES = [1.0 / math.factorial(power) for power in range(2, 12)]  # of x^2, -x^
 
 def float32_token_statistics(
     policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, temperature: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log_prob, ref_log_prob, token_kl, entropy; arguments as for `token_statistics`.
+) -> Tensor:
+    """log_prob, ref_log_prob, token_kl, entropy, log_ratio; arguments as for `token_statistics`.
 
     Args:
         policy_logits, ref_logits: [N, V], bf16, fp16 or fp32.
@@ -33,33 +33,39 @@ def float32_token_statistics(
         temperature: [N] or None.
 
     Returns:
-        Four [N] tensors, float32. Extra memory is a dozen tensors of CHUNK elements.
+        [5, N], float32. Extra memory is a dozen tensors of CHUNK elements.
     """
     tokens, vocab_size = policy_logits.shape
-    out = policy_logits.new_empty(4, tokens, dtype=torch.float32)
+    out = policy_logits.new_empty(5, tokens, dtype=torch.float32)
     step = max(1, CHUNK // max(vocab_size, 1))
     for start in range(0, tokens, step):
         rows = slice(start, start + step)
         unit = None if temperature is None else temperature[rows].float().unsqueeze(-1)
         out[:, rows] = chunk_statistics(policy_logits[rows], ref_logits[rows], labels[rows].unsqueeze(-1), unit)
-    return out[0], out[1], out[2], out[3]
+    return out
 
 
 def chunk_statistics(z: Tensor, u: Tensor, label: Tensor, temperature: Tensor | None) -> Tensor:
-    """[n, V], [n, V], [n, 1], [n, 1] or None -> [4, n], float32. No step depends on a value on the device."""
+    """[n, V], [n, V], [n, 1], [n, 1] or None -> [5, n], float32. No step depends on a value on the device."""
     z, u = z.float(), u.float()
     if temperature is not None:
         z, u = z / temperature, u / temperature
     log_p, log_q = torch.log_softmax(z, dim=-1), torch.log_softmax(u, dim=-1)
     p = log_p.exp()
     plain_kl = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
-    kl = torch.where(plain_kl > LARGE_KL, plain_kl, _small_kl(z, u, log_p, log_q, p))
+    log_probs = log_p.gather(-1, label).squeeze(-1), log_q.gather(-1, label).squeeze(-1)
+    small_kl, small_log_ratio = _where_the_kl_is_small(z, u, label, log_p, log_q, p)
+    is_large = plain_kl > LARGE_KL
+    kl = torch.where(is_large, plain_kl, small_kl)
+    log_ratio = torch.where(is_large, log_probs[0] - log_probs[1], small_log_ratio)
     entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1)
-    return torch.stack([log_p.gather(-1, label).squeeze(-1), log_q.gather(-1, label).squeeze(-1), kl, entropy])
+    return torch.stack([*log_probs, kl, entropy, log_ratio])
 
 
-def _small_kl(z: Tensor, u: Tensor, log_p: Tensor, log_q: Tensor, p: Tensor) -> Tensor:
-    """[n]: the KL by its second-order terms."""
+def _where_the_kl_is_small(
+    z: Tensor, u: Tensor, label: Tensor, log_p: Tensor, log_q: Tensor, p: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[n], [n]: the KL by its second-order terms; log p_y - log q_y, which is delta_y + log E_p[exp(-delta)]."""
     in_both = (z > -torch.inf) & (u > -torch.inf)
     d = torch.where(in_both, z - u, 0.0)
     centre = (p * d).sum(-1, keepdim=True)
@@ -69,7 +75,8 @@ def _small_kl(z: Tensor, u: Tensor, log_p: Tensor, log_q: Tensor, p: Tensor) -> 
     near = in_both & (delta.abs() < 1.0)
     a = (p * delta).sum(-1)
     b = torch.where(near, p * _g_near_0(delta), p * (delta - 1.0) + (log_q + k).exp()).sum(-1)
-    return a + torch.log1p(b - a)
+    log_mean = torch.log1p(b - a)
+    return a + log_mean, delta.gather(-1, label).squeeze(-1) + log_mean
 
 
 def _g_near_0(x: Tensor) -> Tensor:

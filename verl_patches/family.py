@@ -1,0 +1,67 @@
+"""The estimators of this package: what each brings, in one table. Imports nothing of verl.
+
+An estimator is chosen by algorithm.adv_estimator=<name> and has its knobs under algorithm.<name>. What it brings stands here as
+"package.module:attribute" and is imported when a run asks for it: a process of another run imports none of it.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Member:
+    """One estimator.
+
+    Attributes:
+        name: of algorithm.adv_estimator, of its section under algorithm, and before the slash of its metrics.
+        title: what messages call it.
+        config: the function that reads its section: what stands there -> (knobs, problems).
+        recipe: the module with problems(config) and warnings(config, knobs) of a recipe.
+        trainer: the class that is put in front of verl's trainer, derived from family_trainer.FamilyTrainer.
+        policy_loss: the class of actor.policy_loss that carries the knobs to the workers, in a field of the estimator's
+            name; verl's loss_mode is the name, too. "": the workers need none, and verl's own policy loss stays.
+        needs_reference: whether verl is to load a reference policy for it.
+    """
+
+    name: str
+    title: str
+    config: str
+    recipe: str
+    trainer: str
+    policy_loss: str = ""
+    needs_reference: bool = False
+
+    def parse_config(self, section: Any) -> tuple[Any, list[str]]:
+        """The knobs, and the problems found in them."""
+        return _attribute(self.config)(section)
+
+    def recipe_checks(self) -> Any:
+        """The module with problems and warnings."""
+        return importlib.import_module(self.recipe)
+
+    def trainer_part(self) -> type:
+        """The class to put in front of verl's trainer."""
+        return _attribute(self.trainer)
+
+
+FAMILY = {
+    member.name: member
+    for member in (
+        Member(
+            name="vimpo",
+            title="VIMPO",
+            config="vimpo_verl.config:parse_config",
+            recipe="verl_patches.recipe_checks",
+            trainer="verl_patches.trainer:VimpoTrainer",
+            policy_loss="verl_patches.policy_loss_config:VimpoPolicyLossConfig",
+            needs_reference=True,
+        ),
+    )
+}
+
+
+def _attribute(path: str) -> Callable:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)

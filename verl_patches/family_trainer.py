@@ -1,0 +1,240 @@
+"""Seam: an estimator's part of a trainer, put in front of whatever class of verl's v1 trainers a run makes its trainer of.
+
+Touches verl.trainer.ppo.v1.trainer_base.PPOTrainer.__new__ and, by subclassing, PPOTrainer's methods _init_resource_pool_mgr,
+_balance_batch, _submit_batch_to_rollout and _update_actor, those that the estimator's own part names, and those that
+verl_patches.checkpoints and verl_patches.watchdog name. Checked against verl 0.9.1; no upstream issue.
+
+verl's registry and its trainers stay as they are. A trainer that is made with a configuration that asks for an estimator of
+this package becomes one of a subclass, made on demand; with any other it is one of the very class that was called. So a
+trainer that a user derives from verl's keeps all that is its own, and our methods find its methods, and then verl's, behind
+super().
+"""
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import ray
+import torch
+import verl
+from omegaconf import DictConfig
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+from verl.workers.engine_workers import ActorRolloutRefWorker
+
+from verl_patches.checkpoints import CheckpointedTrainer
+from verl_patches.family import FAMILY, Member
+from verl_patches.loss_aggregation import mini_batch_size
+from verl_patches.reward_noise import with_reward_noise
+from verl_patches.switch import knobs_of, member_of
+from verl_patches.watchdog import WatchedTrainer
+from vimpo_verl import __version__
+
+ROLLOUT_N = "__rollout_n__"  # verl's column of a data set in which a prompt has a number of responses of its own
+
+
+def install(v1: ModuleType) -> None:
+    """Have PPOTrainer choose the class of a new trainer by its configuration. `v1` is the module verl.trainer.ppo.v1."""
+    if PPOTrainer.__new__ is not object.__new__:
+        raise RuntimeError(f"PPOTrainer has a __new__ of its own, {PPOTrainer.__new__}")
+    PPOTrainer.__new__ = staticmethod(_new_trainer)
+
+
+def _new_trainer(cls: type, *args, **kwargs):
+    """PPOTrainer.__new__: Python then calls the __init__ of the class that is chosen here, with the same arguments."""
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, DictConfig) and "algorithm" in value]
+    chosen = trainer_class(cls, given[0]) if given else cls  # without a configuration when it is copied
+    return super(PPOTrainer, cls).__new__(chosen)
+
+
+def trainer_class(trainer: type, config: Any) -> type:
+    """The class to make a run's trainer of.
+
+    Args:
+        trainer: a class derived from PPOTrainer, verl's own or a user's.
+        config: verl's configuration.
+
+    Returns:
+        `trainer` itself, unless an estimator of this package or reward noise is asked for; else a subclass of it with the
+        estimator's part, the noise, or both in front.
+
+    Raises:
+        TypeError: the estimator takes the place of a method that `trainer` has changed.
+        ValueError: the section algorithm.reward_noise has problems.
+    """
+    member = member_of(config)
+    if member and not issubclass(trainer, FamilyTrainer):
+        part = member.trainer_part()
+        part.require_fitting(trainer)
+        parts = (WatchedTrainer, CheckpointedTrainer, part, trainer)
+        trainer = type(f"{member.name.capitalize()}{trainer.__name__}", parts, {})
+    return with_reward_noise(trainer, config)
+
+
+class FamilyTrainer:
+    """What the estimators' parts of a v1 trainer share: the knobs, the worker, and what is said and counted in a step.
+
+    Attributes:
+        estimator: its name in family.FAMILY.
+        worker_type: the class, derived from verl's ActorRolloutRefWorker, in whose place it is put; None: verl's own stays.
+    """
+
+    estimator: str
+    worker_type: type | None = None
+
+    def __init__(self, *args, **kwargs):
+        """As the trainer's behind it; says that the estimator is in force.
+
+        Raises:
+            RuntimeError: the run has not been through verl's validate_config, which carries the knobs to the workers.
+        """
+        super().__init__(*args, **kwargs)
+        config = self.config
+        if self.member.policy_loss and self.estimator not in config.actor_rollout_ref.actor.policy_loss:
+            raise RuntimeError(
+                f"algorithm.adv_estimator={self.estimator}: {type(self).__name__} was made with a configuration that has not "
+                "been validated. Call verl.utils.config.validate_config with it first, as verl.trainer.main_ppo does"
+            )
+        self.knobs, problems = knobs_of(config)
+        if problems:
+            raise ValueError("\n".join(problems))
+        self.set_up_estimator()
+        print(
+            f"vimpo_verl {__version__}: {self.member.title} in force on verl {verl.__version__}, in {type(self).__name__}: "
+            f"{self.knobs}, lam={config.algorithm.lam}",
+            flush=True,
+        )
+
+    def set_up_estimator(self) -> None:
+        """Set up what the trainer remembers from step to step; `config` and `knobs` are there."""
+        self.rollout_n: dict[str, int] = {}  # uid of a prompt under way -> responses, where it is not rollout.n
+
+    @property
+    def member(self) -> Member:
+        """The estimator's row of the family's table."""
+        return FAMILY[self.estimator]
+
+    @staticmethod
+    def require_fitting(trainer: type) -> None:
+        """Refuse a trainer class that this part cannot be put in front of.
+
+        Raises:
+            TypeError: naming the method of `trainer` that would never run.
+        """
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args, **kwargs) -> KVBatchMeta:
+        """As verl's; says how many responses verl has dropped, because their generation or reward raised."""
+        asked = self._responses_asked(batch)
+        missing = metrics[f"{self.estimator}/missing_responses"] = asked - len(batch.keys)
+        if missing:
+            say(
+                f"step {self.global_steps}: {missing} of {asked} responses are missing: their generation or reward raised "
+                "('Error in _run_prompt' in the log). Training goes on with the others"
+            )
+        return super()._balance_batch(batch, metrics, *args, **kwargs)
+
+    def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
+        """As verl's; remembers how many responses a prompt is to have where the data set says so."""
+        if ROLLOUT_N in batch.keys():
+            self.rollout_n.update(zip(batch["uid"], map(int, batch[ROLLOUT_N]), strict=True))
+        return super()._submit_batch_to_rollout(batch)
+
+    def _responses_asked(self, batch: KVBatchMeta) -> int:
+        """Of the prompts of this batch, those included of which nothing is left."""
+        prompts = {key.split("_")[0] for key in batch.keys} | self.replay_buffer.failure_keys["train"]
+        default = self.config.actor_rollout_ref.rollout.n
+        return sum(self.rollout_n.pop(prompt, default) for prompt in prompts)
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        if self.worker_type is None:
+            return
+        title = self.member.title
+        hybrid = {Role.ActorRolloutRef, Role.ActorRollout} & self.role_worker_mapping.keys()
+        if len(hybrid) != 1:
+            raise RuntimeError(
+                f"{title} needs one worker with policy and rollout; verl chose {list(self.role_worker_mapping)}"
+            )
+        role = hybrid.pop()
+        worker = self.role_worker_mapping[role].__ray_actor_class__
+        if worker is not ActorRolloutRefWorker:
+            raise RuntimeError(
+                f"{title} puts its own worker in the place of verl's ActorRolloutRefWorker, and {type(self).__name__} has put "
+                f"{worker.__name__} there"
+            )
+        self.role_worker_mapping[role] = ray.remote(self.worker_type)
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """As verl's; the estimator's metrics under its own name, and a word about mini-batches that were skipped."""
+        batch = super()._update_actor(batch, metrics)
+        for name in [name for name in metrics if name.startswith(f"actor/{self.estimator}/")]:
+            metrics[name.removeprefix("actor/")] = metrics.pop(name)  # verl puts "actor/" before a worker's metrics
+        if f"{self.estimator}/update_skipped" in metrics:
+            self._look_at_skipped_updates(batch, metrics)
+        return batch
+
+    def _look_at_skipped_updates(self, batch: KVBatchMeta, metrics: dict) -> None:
+        updates = self.config.actor_rollout_ref.actor.ppo_epochs * len(batch.keys) // mini_batch_size(self.config)
+        name = f"{self.estimator}/update_skipped"
+        skipped = metrics[name] = round(metrics[name] * updates)  # verl logs the mean over the updates
+        if skipped:
+            say(
+                f"step {self.global_steps}: the gradient is not finite in {skipped} of {updates} mini-batches: verl has "
+                f"skipped {'the optimiser step' if skipped == 1 else 'their optimiser steps'}"
+                + (", the weights are as before" if skipped == updates else ", the others have changed the weights")
+            )
+
+    def require_sound(self, batch: KVBatchMeta, mask: torch.Tensor, reason: str, **per_token: torch.Tensor) -> None:
+        """A non-finite value on a valid token is a fault to report, not to hide.
+
+        Args:
+            batch: verl's handle; equal parts of it, in its order, went to the data-parallel ranks.
+            mask, per_token: nested [B, response].
+            reason: what that means, for the message.
+
+        Raises:
+            FloatingPointError: naming the quantity, the sample, the token, the step and the rank.
+        """
+        ranks = data_parallel_size(self.actor_rollout_wg)
+        valid = mask.values().bool()
+        for name, tensor in per_token.items():
+            bad = (valid & ~torch.isfinite(tensor.values())).nonzero()
+            if bad.numel():
+                position = bad[0].item()
+                sample = int(torch.searchsorted(tensor.offsets(), position, right=True)) - 1
+                raise FloatingPointError(
+                    f"step {self.global_steps}: {name} is {tensor.values()[position].item()} at response token "
+                    f"{position - int(tensor.offsets()[sample])} of sample {batch.keys[sample]} on data-parallel rank "
+                    f"{sample * ranks // len(batch.keys)} ({len(bad)} such tokens in the batch): {reason}"
+                )
+
+
+def say(sentence: str) -> None:
+    """Something that the user should know, on stderr."""
+    print(f"vimpo_verl: {sentence}", file=sys.stderr, flush=True)
+
+
+def data_parallel_size(worker_group: Any) -> int:
+    """Ranks of the actor's data-parallel group; 1 where verl has not asked for it yet."""
+    return max(getattr(worker_group, "_dispatch_info", {}).get("actor", [0])) + 1
+
+
+def is_padding(batch: KVBatchMeta) -> list[bool]:
+    """Which samples of a batch verl has added to fill it up."""
+    return [bool(tag.get("is_padding", False)) for tag in batch.tags]
+
+
+def require_one_output_a_session(keys: list[str]) -> None:
+    """verl names a sample {uid}_{session}_{output}; the group statistics need one output a session.
+
+    Raises:
+        NotImplementedError: a session has several.
+    """
+    sessions = {key.rsplit("_", 1)[0] for key in keys}
+    if len(sessions) != len(keys):
+        raise NotImplementedError(
+            f"{len(keys)} outputs for {len(sessions)} sessions. An agent loop that returns several outputs for one session is "
+            "not supported; return one, with tool output masked"
+        )
