@@ -94,7 +94,11 @@ def test_the_joint_pass_is_forgotten_afterwards():
 def make_actor_config():
     from verl.workers.config import FSDPActorConfig
 
-    return FSDPActorConfig(rollout_n=2, ppo_micro_batch_size_per_gpu=1)
+    from verl_patches.policy_loss_config import VimpoPolicyLossConfig
+
+    return FSDPActorConfig(
+        rollout_n=2, ppo_micro_batch_size_per_gpu=1, policy_loss=VimpoPolicyLossConfig(loss_mode="vimpo")
+    )
 
 
 def loss_inputs():

@@ -172,7 +172,7 @@ REFUSED = {
     "trainer.use_v1=False": "trainer.use_v1=True",
     "trainer.v1.trainer_mode=separate_async": "trainer.v1.trainer_mode=sync",
     "actor_rollout_ref.actor.strategy=megatron": "actor_rollout_ref.actor.strategy=fsdp2",
-    "actor_rollout_ref.actor.policy_loss.loss_mode=gspo": "remove actor_rollout_ref.actor.policy_loss.loss_mode",
+    "actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean": "Write vanilla, or gspo",
     "actor_rollout_ref.ref.strategy=fsdp2": "remove actor_rollout_ref.ref.strategy",
     "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size=2": "remove it",
     "actor_rollout_ref.ref.fsdp_config.model_dtype=bf16": "remove it, and the reference follows the policy",

@@ -1,4 +1,4 @@
-"""What `actor.loss_agg_mode` makes of a loss, asked of verl's own function. No seam: nothing of verl is changed.
+"""What the aggregation of the actor loss makes of it, asked of verl's own function. No seam: nothing of verl is changed.
 
 Reads verl.trainer.ppo.core_algos.agg_loss, so that a mode that a later release adds is known here, too. Checked against
 verl 0.9.1.
@@ -8,6 +8,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+# Policy losses of verl that do not look at actor.loss_agg_mode -> the mode that they aggregate by.
+OWN_AGG_MODE = {"sapo": "seq-mean-token-mean"}
+
+
+def recipe_loss_mode(actor: Any) -> str:
+    """The recipe's policy loss, which is the form of L_A, before and after the configuration is made that of VIMPO's workers.
+
+    Args:
+        actor: verl's section actor_rollout_ref.actor.
+    """
+    policy_loss = actor.policy_loss
+    mode = policy_loss.get("loss_mode") or "vanilla"
+    return policy_loss.get("recipe_loss_mode", "vanilla") if mode == "vimpo" else mode
+
+
+def agg_mode(actor: Any) -> str:
+    """How the recipe's policy loss is aggregated. `actor` as above."""
+    return OWN_AGG_MODE.get(recipe_loss_mode(actor), actor.loss_agg_mode)
 
 
 def mini_batch_size(config: Any) -> int:
@@ -20,7 +40,7 @@ def mini_batch_size(config: Any) -> int:
 
 
 def aggregation_weight(config: Any, response_mask: Tensor) -> float:
-    """What `loss_agg_mode` makes of a loss of 1 on every valid token of a mini-batch: 1 for "token-mean".
+    """What the actor loss's aggregation makes of a loss of 1 on every valid token of a mini-batch: 1 for "token-mean".
 
     So it is the sum of the weights of a mini-batch's tokens: a coefficient divided by it weighs the same in every mode.
 
@@ -54,7 +74,7 @@ def _share(config: Any, response_mask: Tensor, mini_batches: float) -> float:
     loss = agg_loss(
         loss_mat=torch.ones_like(valid),
         loss_mask=valid,
-        loss_agg_mode=actor.loss_agg_mode,
+        loss_agg_mode=agg_mode(actor),
         batch_num_tokens=valid.sum() / mini_batches,
         global_batch_size=mini_batch_size(config),
         loss_scale_factor=actor.loss_scale_factor,

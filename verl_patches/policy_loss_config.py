@@ -16,9 +16,11 @@ class VimpoPolicyLossConfig(PolicyLossConfig):
 
     Attributes:
         vimpo: the knobs, as validated in the driver.
+        recipe_loss_mode: the recipe's own loss_mode, which is the form of L_A; its other keys stay where they are.
     """
 
     vimpo: VimpoConfig = field(default_factory=VimpoConfig)
+    recipe_loss_mode: str = "vanilla"
 
     def __post_init__(self):
         """Built in every process that trains: the place to notice that the plugin was not loaded there."""

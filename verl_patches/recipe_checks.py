@@ -7,7 +7,7 @@ calls them in the driver, before Ray starts.
 from collections.abc import Iterator
 from typing import Any
 
-from verl_patches.loss_aggregation import full_length_weight
+from verl_patches.loss_checks import adjust_losses, loss_problems, loss_warnings
 from vimpo_verl.config import VimpoConfig
 
 # Trainer modes of verl.trainer.ppo.v1 that FamilyTrainer can be put in front of.
@@ -30,7 +30,7 @@ def problems(config: Any) -> list[str]:
     found = list(type_problems(config))
     if found:
         return found  # the other checks compute with these values
-    for check in (_algorithm, _trainer, _engine, _model, _losses):
+    for check in (_algorithm, _trainer, _engine, _model, loss_problems):
         found += check(config)
     return found
 
@@ -44,9 +44,16 @@ def warnings(config: Any, knobs: VimpoConfig) -> list[str]:
             "policy to the reference; the paper uses 8"
         )
     found += _taken_over(config)
-    found += _fixed_coefficient(config, knobs)
-    found += _extra_terms(config, knobs)
+    found += loss_warnings(config, knobs)
     return found
+
+
+def adjust(config: Any) -> None:
+    """Set right what the recipe has no reason to say otherwise, or is told by a warning. Changes `config`.
+
+    Called once the recipe is accepted and its warnings are given.
+    """
+    adjust_losses(config)
 
 
 def noise_problems(config: Any) -> list[str]:
@@ -220,30 +227,6 @@ def has_lora(model: Any) -> bool:
     return rank > 0 or model.get("lora_adapter_path") is not None
 
 
-def _losses(config: Any) -> Iterator[str]:
-    actor = config.actor_rollout_ref.actor
-    mode = actor.policy_loss.get("loss_mode", "vanilla")
-    if mode not in ("vanilla", "vimpo"):
-        yield (
-            f"actor_rollout_ref.actor.policy_loss.loss_mode={mode}: VIMPO brings its own policy loss; remove "
-            "actor_rollout_ref.actor.policy_loss.loss_mode"
-        )
-    if actor.get("loss_agg_mode") == "seq-mean-token-sum-norm" and actor.get("loss_scale_factor") is None:
-        yield (
-            "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm without a loss_scale_factor: verl divides "
-            "each micro-batch by its own longest response, so the actor loss's weight beside the value loss depends on "
-            "the micro-batches; write "
-            f"actor_rollout_ref.actor.loss_scale_factor={config.data.max_response_length}"
-        )
-    if (config.get("distillation") or {}).get("enabled", False):
-        yield "distillation.enabled=True: VIMPO and distillation use the same logits hook; write distillation.enabled=False"
-    if actor.get("use_prefix_grouper", False):
-        yield (
-            "actor_rollout_ref.actor.use_prefix_grouper=True: the joint pass does not know shared prefixes; write "
-            "actor_rollout_ref.actor.use_prefix_grouper=False"
-        )
-
-
 def _taken_over(config: Any) -> Iterator[str]:
     """Settings that had no effect, or another, in the GRPO recipe that they come from."""
     lam = config.algorithm.lam
@@ -259,48 +242,4 @@ def _taken_over(config: Any) -> Iterator[str]:
             "vimpo/kl is not 0 at the first step, and what the adapter has learnt is read as values. To start from it, "
             "merge it into the model of actor_rollout_ref.model.path and write "
             "actor_rollout_ref.model.lora_adapter_path=null"
-        )
-
-
-def _fixed_coefficient(config: Any, knobs: VimpoConfig) -> Iterator[str]:
-    """A number for c_A multiplies whatever loss_agg_mode makes of L_A; the paper's is meant for a mean over tokens."""
-    if not knobs.use_actor or knobs.actor_coeff in ("auto", 0):
-        return
-    weight = full_length_weight(config)
-    if abs(weight - 1) > 1e-6:
-        mode = config.actor_rollout_ref.actor.loss_agg_mode
-        yield (
-            f"actor_rollout_ref.actor.loss_agg_mode={mode} makes L_A {weight:.3g} times its mean over tokens where "
-            f"responses have {config.data.max_response_length} of them, and algorithm.vimpo.actor_coeff="
-            f"{knobs.actor_coeff} does not allow for it. The paper's 5e-3 is for token-mean: write "
-            "actor_rollout_ref.actor.loss_agg_mode=token-mean, or algorithm.vimpo.actor_coeff=auto, which is the same "
-            "push in every mode"
-        )
-
-
-def _extra_terms(config: Any, knobs: VimpoConfig) -> Iterator[str]:
-    """Terms that verl adds to the loss weigh more beside L_V than beside GRPO's loss (docs/method.md, "Scale")."""
-    actor = config.actor_rollout_ref.actor
-    length = config.data.max_response_length
-    grpo = full_length_weight(config)
-    if knobs.beta == "auto":  # for rewards of 0 and 1
-        beta_length, at = knobs.beta_scale, f"beta*T = {knobs.beta_scale:g} (beta_scale)"
-    else:
-        beta_length, at = knobs.beta * length, f"T = {length} tokens"
-    share = beta_length * 0.5 / grpo
-    scale = (
-        f"VIMPO's loss pushes a token with about beta*T*|residual| where GRPO's pushes with {grpo:.3g}: at {at} "
-        f"and |residual| = 0.5 that is {share:.2g} of it, so"
-    )
-    if actor.use_kl_loss:
-        yield (
-            f"actor_rollout_ref.actor.use_kl_loss=True is kept. {scale} kl_loss_coef={actor.kl_loss_coef} weighs as "
-            f"{actor.kl_loss_coef / share:.2g} would with GRPO. The paper turns it off: "
-            "actor_rollout_ref.actor.use_kl_loss=False"
-        )
-    if actor.entropy_coeff != 0:
-        yield (
-            f"actor_rollout_ref.actor.entropy_coeff={actor.entropy_coeff} is kept. {scale} it weighs as "
-            f"{actor.entropy_coeff / share:.2g} would with GRPO. The paper has none: "
-            "actor_rollout_ref.actor.entropy_coeff=0"
         )

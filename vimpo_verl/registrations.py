@@ -136,10 +136,10 @@ def vimpo_actor_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """verl's policy loss "vimpo": c_A * L_A, where L_A is verl's own PPO-clip loss ("vanilla").
+    """verl's policy loss "vimpo": c_A * L_A, where L_A is the recipe's own policy loss; "vanilla", PPO-clip, is the paper's.
 
-    Arguments and metrics are those of verl's policy losses. L_V is added by verl_patches.value_branch, which also
-    says what c_A is.
+    Arguments and metrics are those of verl's policy losses; config.policy_loss.recipe_loss_mode names the recipe's. L_V is
+    added by verl_patches.value_branch, which also says what c_A is.
 
     Returns:
         The micro-batch's share of c_A * L_A, a scalar, and verl's metrics.
@@ -156,7 +156,7 @@ def vimpo_actor_loss(
         )
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
 
-    loss, metrics = get_policy_loss_fn("vanilla")(
+    loss, metrics = get_policy_loss_fn(config.policy_loss.recipe_loss_mode)(
         old_log_prob=old_log_prob,
         log_prob=log_prob,
         advantages=advantages,
