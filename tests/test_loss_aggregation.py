@@ -14,7 +14,7 @@ import pytest
 import torch
 from engine_samples import make_samples
 from in_process import make_config, make_trainer, run_trainer_step
-from test_validation import compose, refusals, validate, vimpo
+from test_validation import compose, validate, vimpo
 
 from verl_patches.loss_aggregation import aggregation_weight, full_length_weight
 from vimpo_verl import functional as F
@@ -206,7 +206,9 @@ def test_a_horizon_that_depends_on_the_micro_batch_is_given_the_longest_response
     with caplog.at_level(logging.WARNING, logger="vimpo_verl"):
         validate(config)
     assert config.actor_rollout_ref.actor.loss_scale_factor == config.data.max_response_length == 256
-    assert f"{AGG_MODE}=seq-mean-token-sum-norm without" in caplog.text and "data.max_response_length=256" in caplog.text
+    assert (
+        f"{AGG_MODE}=seq-mean-token-sum-norm without" in caplog.text and "data.max_response_length=256" in caplog.text
+    )
 
 
 def test_extra_terms_are_weighed_in_the_recipes_mode(caplog):

@@ -169,7 +169,10 @@ def gradient_of_vimpos_loss(mode: str, agg_mode: str) -> list[torch.Tensor]:
     data["returns"] = nested([target.expand(len(row)).clone() for target, row in zip(targets, new, strict=True)])
     leaves = [row.requires_grad_() for row in new]
     # verl's engine returns log-probs over prompt and response, where position t - 1 predicts token t.
-    whole = [torch.cat([row.new_zeros(len(s.prompt) - 1), row, row.new_zeros(1)]) for row, s in zip(leaves, SAMPLES, strict=True)]
+    whole = [
+        torch.cat([row.new_zeros(len(s.prompt) - 1), row, row.new_zeros(1)])
+        for row, s in zip(leaves, SAMPLES, strict=True)
+    ]
     loss_function = VimpoLoss(partial(ppo_loss, config=actor_config(mode, agg_mode)), VimpoConfig(beta=BETA), None)
     loss, metrics = loss_function(model_output={"log_probs": nested_with_gradient(whole)}, data=data)
     loss.backward()
@@ -228,7 +231,10 @@ def test_the_forms_differ_at_these_numbers():
         gradients[mode] = torch.cat(gradient_of_the_formula(mode, "token-mean"))
     for mode, gradient in gradients.items():
         for other, others in gradients.items():
-            assert mode == other or (gradient - others).norm() > 0.05 * (gradient - gradients["gpg"]).norm(), (mode, other)
+            assert mode == other or (gradient - others).norm() > 0.05 * (gradient - gradients["gpg"]).norm(), (
+                mode,
+                other,
+            )
             assert mode == other or (gradient - others).abs().max() > 1e-4, (mode, other)
 
 

@@ -165,9 +165,7 @@ REFUSED = {
     "algorithm.gamma=0.99": "algorithm.gamma=1.0",
     "algorithm.lam=1.5": "algorithm.lam=1.0",
     "algorithm.lam=null": "algorithm.lam=1.0",
-    "algorithm.use_kl_in_reward=True": "algorithm.use_kl_in_reward=False",
     "algorithm.rollout_correction.bypass_mode=True": "algorithm.rollout_correction.bypass_mode=False",
-    "algorithm.rollout_correction.rollout_rs=token_k1": "algorithm.rollout_correction.rollout_rs=null",
     "critic.enable=True": "remove critic.enable",
     "trainer.use_v1=False": "trainer.use_v1=True",
     "trainer.v1.trainer_mode=separate_async": "trainer.v1.trainer_mode=sync",
@@ -290,6 +288,7 @@ def test_nothing_is_changed_where_something_is_refused():
         "actor_rollout_ref.actor.strategy=fsdp2",
         "actor_rollout_ref.actor.ppo_epochs=3",
         "algorithm.rollout_correction.rollout_is=token",
+        "algorithm.rollout_correction.rollout_rs=token_k1",
     ],
 )
 def test_what_vimpo_supports_is_not_refused(key):
@@ -301,6 +300,7 @@ WARNED = {
     "actor_rollout_ref.actor.use_kl_loss=True": "kl_loss_coef",
     "actor_rollout_ref.actor.entropy_coeff=0.01": "weighs as",
     "algorithm.lam=0.95": "about 20 tokens",
+    "algorithm.use_kl_in_reward=True": "R is the reward without verl's penalty",
 }
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # Policy losses of verl that do not look at actor.loss_agg_mode -> the mode that they aggregate by.
 OWN_AGG_MODE = {"sapo": "seq-mean-token-mean"}
 

@@ -13,14 +13,14 @@ from vimpo_verl.config import VimpoConfig
 # Policy losses that are no form of L_A, each with the reason and what to write instead.
 NO_FORM = {
     "geo_mean": (
-        "one ratio a sequence, the geometric mean, multiplies the mean of its advantages, so token-level advantages would cancel, "
-        "while each token's ratio is clipped by the sign of its own; verl's code says that it supports sequence-level advantages "
-        "only, and averages over a micro-batch, so that its weight depends on their number. Write vanilla, or gspo, whose "
-        "sequence-level ratio takes token-level advantages"
+        "one ratio a sequence, the geometric mean, multiplies the mean of its advantages, so token-level advantages would "
+        "cancel, while each token's ratio is clipped by the sign of its own; verl's code says that it supports sequence-level "
+        "advantages only, and averages over a micro-batch, so that its weight depends on their number. Write vanilla, or gspo, "
+        "whose sequence-level ratio takes token-level advantages"
     ),
     "bypass_mode": (
-        "it works out importance weights and rejections from the rollout's log-probs in every update and then calls another loss. "
-        "Write that loss (vanilla for ppo_clip) and algorithm.rollout_correction.rollout_is, rollout_rs"
+        "it works out importance weights and rejections from the rollout's log-probs in every update and then calls another "
+        "loss. Write that loss (vanilla for ppo_clip) and algorithm.rollout_correction.rollout_is, rollout_rs"
     ),
 }
 
@@ -40,8 +40,8 @@ def loss_problems(config: Any) -> Iterator[str]:
         yield f"{key}=dro without actor_rollout_ref.actor.policy_loss.dro_beta, which verl wants to be a positive number"
     if (config.get("distillation") or {}).get("enabled", False):
         yield (
-            "distillation.enabled=True: verl takes the teacher's loss from the one logits hook that kappa comes from, and in place of "
-            "the policy loss, so neither L_A nor L_V would be in it; write distillation.enabled=False"
+            "distillation.enabled=True: verl puts the teacher's loss into the one logits hook that kappa comes from, and in the "
+            "place of ppo_loss, so that neither L_A nor L_V would be in it; write distillation.enabled=False"
         )
     if actor.get("use_prefix_grouper", False):
         yield (
@@ -80,8 +80,8 @@ def _fixed_coefficient(config: Any, knobs: VimpoConfig) -> Iterator[str]:
     weight = full_length_weight(config)
     if abs(weight - 1) > 1e-6:
         yield (
-            f"actor_rollout_ref.actor.loss_agg_mode={agg_mode(config.actor_rollout_ref.actor)} makes L_A {weight:.3g} times its mean over tokens where "
-            f"responses have {config.data.max_response_length} of them, and algorithm.vimpo.actor_coeff="
+            f"actor_rollout_ref.actor.loss_agg_mode={agg_mode(config.actor_rollout_ref.actor)} makes L_A {weight:.3g} times "
+            f"its mean over tokens where responses have {config.data.max_response_length} of them, and algorithm.vimpo.actor_coeff="
             f"{knobs.actor_coeff} does not allow for it. The paper's 5e-3 is for token-mean: write "
             "actor_rollout_ref.actor.loss_agg_mode=token-mean, or algorithm.vimpo.actor_coeff=auto, which is the same "
             "push in every mode"

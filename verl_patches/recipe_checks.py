@@ -7,15 +7,12 @@ calls them in the driver, before Ray starts.
 from collections.abc import Iterator
 from typing import Any
 
+from verl_patches.engine_checks import engine_problems, has_lora
 from verl_patches.loss_checks import adjust_losses, loss_problems, loss_warnings
 from vimpo_verl.config import VimpoConfig
 
 # Trainer modes of verl.trainer.ppo.v1 that FamilyTrainer can be put in front of.
 TRAINER_MODES = ("sync", "colocate_async")
-STRATEGIES = ("fsdp", "fsdp2")
-# Keys of verl's fsdp_config that decide how a forward rounds, with verl's defaults. model_dtype because a model that is
-# stored in half precision has its buffers in it, too (rotary frequencies).
-PRECISION = {"dtype": "bfloat16", "model_dtype": "fp32", "mixed_precision": None}
 
 
 def problems(config: Any) -> list[str]:
@@ -30,7 +27,7 @@ def problems(config: Any) -> list[str]:
     found = list(type_problems(config))
     if found:
         return found  # the other checks compute with these values
-    for check in (_algorithm, _trainer, _engine, _model, loss_problems):
+    for check in (_algorithm, _trainer, engine_problems, _model, loss_problems):
         found += check(config)
     return found
 
@@ -54,6 +51,7 @@ def adjust(config: Any) -> None:
     Called once the recipe is accepted and its warnings are given.
     """
     adjust_losses(config)
+    config.algorithm.use_kl_in_reward = False
 
 
 def noise_problems(config: Any) -> list[str]:
@@ -83,11 +81,14 @@ _INTEGERS = (
     "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
     "actor_rollout_ref.ref.ulysses_sequence_parallel_size",
     "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size",
+    "actor_rollout_ref.actor.veomni.ulysses_parallel_size",
+    "actor_rollout_ref.ref.veomni.ulysses_parallel_size",
 )
 _SECTIONS = (
     "algorithm.rollout_correction",
     "actor_rollout_ref.model.lora",
     "actor_rollout_ref.actor.fsdp_config.qat",
+    "actor_rollout_ref.actor.veomni.router_replay",
     "distillation",
     "critic",
 )
@@ -113,22 +114,11 @@ def _algorithm(config: Any) -> Iterator[str]:
         yield f"algorithm.gamma={algorithm.gamma}: VIMPO's equations have discount 1; write algorithm.gamma=1.0"
     if not isinstance(algorithm.lam, (int, float)) or not 0.0 <= algorithm.lam <= 1.0:
         yield f"algorithm.lam={algorithm.lam!r}: lambda is a number in [0, 1]; the paper's is algorithm.lam=1.0"
-    if algorithm.get("use_kl_in_reward", False):
-        yield (
-            "algorithm.use_kl_in_reward=True: the reward would hold the KL that kappa already is, which breaks the "
-            "derivation; write algorithm.use_kl_in_reward=False"
-        )
     correction = algorithm.get("rollout_correction") or {}
     if correction.get("bypass_mode", False):
         yield (
             "algorithm.rollout_correction.bypass_mode=True: it skips the pass that kappa comes from; write "
             "algorithm.rollout_correction.bypass_mode=False"
-        )
-    if correction.get("rollout_rs") is not None:
-        yield (
-            f"algorithm.rollout_correction.rollout_rs={correction.rollout_rs}: it masks tokens of the responses, and VIMPO's "
-            "value loss is about the sum over a whole response; write algorithm.rollout_correction.rollout_rs=null "
-            "(rollout_is works)"
         )
     if config.get("critic") is not None and config.critic.get("enable"):
         yield "critic.enable=True: VIMPO's values are implied by the policy, there is no critic; remove critic.enable"
@@ -150,62 +140,6 @@ def _trainer(config: Any) -> Iterator[str]:
     return trainer_problems(config, "VIMPO")
 
 
-def _engine(config: Any) -> Iterator[str]:
-    actor, ref = config.actor_rollout_ref.actor, config.actor_rollout_ref.ref
-    if actor.strategy not in STRATEGIES:
-        yield (
-            f"actor_rollout_ref.actor.strategy={actor.strategy}: the joint pass runs on verl's FSDP engine; write "
-            "actor_rollout_ref.actor.strategy=fsdp2 (or fsdp), and leave model_engine out if the recipe has it"
-        )
-        return  # the keys below are those of the FSDP engine
-    if ref.strategy != actor.strategy:
-        yield (
-            f"actor_rollout_ref.ref.strategy={ref.strategy} differs from the actor's {actor.strategy}: both share one "
-            "pass; remove actor_rollout_ref.ref.strategy"
-        )
-        return
-    actor_size, ref_size = sequence_parallel_size(actor), sequence_parallel_size(ref)
-    if ref_size not in (1, actor_size):
-        yield (
-            f"actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size={ref_size} differs from the actor's "
-            f"{actor_size}: both share one pass over the same slices; remove it"
-        )
-    if not has_lora(config.actor_rollout_ref.model):  # with LoRA the reference is the policy's own model
-        yield from _precision(actor, ref)
-    for name, role in (("actor", actor), ("ref", ref)):
-        if role.get("pad_to_length", False) or role.fsdp_config.get("pad_to_length", False):
-            yield (
-                f"actor_rollout_ref.{name}.fsdp_config.pad_to_length=True: verl does not allow it together with the "
-                "logits hook that kappa comes from; write pad_to_length=False"
-            )
-
-
-def _precision(actor: Any, ref: Any) -> Iterator[str]:
-    """Equal weights must give equal logits: a difference of rounding is read as log-ratios and KL."""
-    for name, default in PRECISION.items():
-        given, policys = ref.fsdp_config.get(name), actor.fsdp_config.get(name)
-        if given != default and given != policys:
-            yield (
-                f"actor_rollout_ref.ref.fsdp_config.{name}={given} differs from the actor's {policys}: equal weights "
-                "would give different logits, and the first step would learn from rounding; remove it, and the "
-                "reference follows the policy"
-            )
-    if (actor.fsdp_config.get("qat") or {}).get("enable", False):
-        yield (
-            "actor_rollout_ref.actor.fsdp_config.qat.enable=True: the policy would be quantised and verl quantises no "
-            "reference, so the two would differ from the first step on; write "
-            "actor_rollout_ref.actor.fsdp_config.qat.enable=False"
-        )
-
-
-def sequence_parallel_size(role: Any) -> int:
-    """Ulysses size of verl's actor or ref section; the key outside fsdp_config is verl's older spelling."""
-    return max(
-        role.get("ulysses_sequence_parallel_size", 1) or 1,
-        role.fsdp_config.get("ulysses_sequence_parallel_size", 1) or 1,
-    )
-
-
 def _model(config: Any) -> Iterator[str]:
     model = config.actor_rollout_ref.model
     if has_lora(model) and not (model.get("lora_rank") or 0) > 0:
@@ -221,19 +155,19 @@ def _model(config: Any) -> Iterator[str]:
         )
 
 
-def has_lora(model: Any) -> bool:
-    """Whether verl's model section asks for LoRA adapters."""
-    rank = (model.get("lora") or {}).get("rank", 0) or model.get("lora_rank", 0) or 0
-    return rank > 0 or model.get("lora_adapter_path") is not None
-
-
 def _taken_over(config: Any) -> Iterator[str]:
-    """Settings that had no effect, or another, in the GRPO recipe that they come from."""
+    """Settings that had no effect, or another, in the recipe that they come from."""
+    if config.algorithm.get("use_kl_in_reward", False):
+        yield (
+            "algorithm.use_kl_in_reward=True: kappa is the KL to the reference already, so R is the reward without verl's "
+            "penalty, and algorithm.kl_ctrl has no effect. Write algorithm.use_kl_in_reward=False; how strongly the reference "
+            "pulls is algorithm.vimpo.beta"
+        )
     lam = config.algorithm.lam
     if lam != 1:
         yield (
-            f"algorithm.lam={lam}: GRPO does not look at it, VIMPO does: a token's advantage counts what comes after it with "
-            f"lambda to the distance, which reaches about {1 / (1 - lam):.3g} tokens. The paper's is algorithm.lam=1.0"
+            f"algorithm.lam={lam}: GRPO and its like do not look at it, VIMPO does: a token's advantage counts what comes after "
+            f"it with lambda to the distance, which reaches about {1 / (1 - lam):.3g} tokens. The paper's is algorithm.lam=1.0"
         )
     adapter = config.actor_rollout_ref.model.get("lora_adapter_path")
     if adapter is not None:

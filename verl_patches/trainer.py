@@ -16,7 +16,7 @@ from verl.workers.utils.padding import response_from_nested, response_to_nested
 from verl_patches.family_trainer import FamilyTrainer, is_padding, require_one_output_a_session, say
 from verl_patches.loss_aggregation import aggregation_weight
 from verl_patches.run_beta import RunBeta
-from verl_patches.value_branch import ACTOR_COEFF, BETA, IS_REAL
+from verl_patches.value_branch import ACTOR_COEFF, BETA, IS_REAL, VALUE_MASK
 from verl_patches.worker import VimpoActorRolloutRefWorker
 from vimpo_verl.registrations import JointPassOutput, joint_pass_output
 
@@ -84,6 +84,7 @@ class VimpoTrainer(FamilyTrainer):
             config=self.run_beta.config,
             lam=self.config.algorithm.lam,
             actor_loss_weight=aggregation_weight(self.config, padded["response_mask"]),
+            response_mask=padded["response_mask"],
         )
         with joint_pass_output(output):
             batch = super()._compute_advantage(batch, metrics)
@@ -95,7 +96,30 @@ class VimpoTrainer(FamilyTrainer):
         metrics.update(result.metrics)
         self._look_at_the_scale(result.returns)
         batch.extra_info.update({ACTOR_COEFF: result.actor_coeff, BETA: result.beta.value})
+        if self.config.algorithm.rollout_correction.rollout_rs is not None:
+            self._keep_whole_responses(batch, mask)
         return batch
+
+    def _keep_whole_responses(self, batch: KVBatchMeta, whole: torch.Tensor) -> None:
+        """After verl's rejection: L_V is about whole responses, but for those of which nothing is left, which leave it, too.
+
+        Args:
+            whole: nested [B, response], the mask before the rejection. That after it is in the queue, for the actor loss.
+        """
+        data = tq.kv_batch_get(
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask", IS_REAL]
+        )
+        left = torch.stack([row.any() for row in data["response_mask"].unbind()])
+        anything = torch.stack([row.any() for row in whole.unbind()])
+        kept = left | ~anything  # a response without a valid token has not been rejected
+        rows = [row * keep for row, keep in zip(whole.unbind(), kept, strict=True)]
+        fields = {
+            VALUE_MASK: torch.nested.as_nested_tensor(rows, layout=torch.jagged),
+            IS_REAL: data[IS_REAL] * kept.to(data[IS_REAL].dtype),
+        }
+        tq.kv_batch_put(
+            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch))
+        )
 
     def _look_at_the_scale(self, returns: torch.Tensor) -> None:
         """Say once that a reward is too far from its group's mean for beta: sum_t log-ratio - KL is to be (R - V0) / beta.

@@ -7,13 +7,12 @@ Which trainer will run is not known here, so what is said here is that the confi
 force is said by its trainer.
 """
 
-import copy
 import logging
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-from verl_patches import recipe_checks, seams
+from verl_patches import engine_checks, recipe_checks, seams
 from verl_patches.family import Member
 from verl_patches.functions import wrap
 from verl_patches.switch import knobs_of, member_of, noise_of
@@ -132,15 +131,9 @@ def _carry_to_workers(config: Any, member: Member, knobs: Any) -> None:
 
 def _fit_reference_to_actor(actor_rollout_ref: Any) -> None:
     """Settings of the reference worker that a GRPO recipe without KL has no reason to give."""
-    from omegaconf import open_dict
-
     actor, ref, rollout = actor_rollout_ref.actor, actor_rollout_ref.ref, actor_rollout_ref.rollout
     # verl wants a micro-batch size of whatever reference worker there is. A GRPO recipe without KL gives none, and the
     # joint pass takes its micro-batches from the actor's log-prob settings.
     if ref.log_prob_micro_batch_size is None and ref.log_prob_micro_batch_size_per_gpu is None:
         ref.log_prob_micro_batch_size_per_gpu = rollout.log_prob_micro_batch_size_per_gpu
-    ref.fsdp_config.ulysses_sequence_parallel_size = recipe_checks.sequence_parallel_size(actor)
-    for name in recipe_checks.PRECISION:
-        if ref.fsdp_config.get(name) != actor.fsdp_config.get(name):
-            with open_dict(ref.fsdp_config):
-                ref.fsdp_config[name] = copy.deepcopy(actor.fsdp_config[name])
+    engine_checks.fit_reference(actor, ref)

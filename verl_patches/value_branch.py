@@ -23,7 +23,8 @@ from vimpo_verl.registrations import ActorBranch, actor_branch
 # Names under which the trainer and the worker hand the loss what it needs.
 ACTOR_COEFF = "vimpo_actor_coeff"  # float, c_A of the batch
 BETA = "vimpo_beta"  # float, the beta of the run
-IS_REAL = "vimpo_is_real"  # [B], 0 for the placeholder samples that verl adds to fill a batch
+IS_REAL = "vimpo_is_real"  # [B], 0 for the placeholder samples that verl adds to fill a batch, and for rejected ones
+VALUE_MASK = "vimpo_value_mask"  # [B, T], of L_V, where verl's rejection has taken tokens out of response_mask
 NUM_SEQUENCES = "vimpo_num_sequences"  # int, real sequences of the global mini-batch
 
 
@@ -80,8 +81,9 @@ class VimpoLoss:
         Scaled by dp_size like verl's own losses, because FSDP averages gradients over the data-parallel ranks.
         """
         log_prob = no_padding_2_padding(model_output["log_probs"], data)
-        batch = data.select("response_mask", "ref_log_prob", "token_kl", "returns").to_padded_tensor()
-        mask = batch["response_mask"].bool()
+        mask_name = VALUE_MASK if VALUE_MASK in data.keys() else "response_mask"
+        batch = data.select(mask_name, "ref_log_prob", "token_kl", "returns").to_padded_tensor()
+        mask = batch[mask_name].bool()
         per_sequence = F.value_loss(
             log_prob,
             batch["ref_log_prob"],

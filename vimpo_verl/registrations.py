@@ -32,6 +32,8 @@ class JointPassOutput:
         config: the knobs.
         lam: verl's algorithm.lam.
         actor_loss_weight: what loss_agg_mode makes of a loss of 1 on every token; 1 for token-mean.
+        response_mask: [B, T], of whole responses, where the one that the estimator is handed lacks tokens that verl has
+            rejected from the policy loss. None: they are the same.
         result: filled by the estimator.
     """
 
@@ -42,6 +44,7 @@ class JointPassOutput:
     config: VimpoConfig
     lam: float
     actor_loss_weight: float = 1.0
+    response_mask: Tensor | None = None
     result: VimpoBatch | None = None
 
 
@@ -116,7 +119,7 @@ def vimpo_advantage(
         old_log_prob=output.old_log_prob,
         ref_log_prob=output.ref_log_prob,
         token_kl=output.token_kl,
-        response_mask=response_mask,
+        response_mask=response_mask if output.response_mask is None else output.response_mask,
         outcome=token_level_rewards.sum(-1),
         group=index.tolist(),
         config=output.config,

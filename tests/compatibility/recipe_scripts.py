@@ -14,8 +14,49 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Of the shell's world the scripts get these, as links to what is installed.
-TOOLS = """awk basename bash cat cp cut date dirname echo env expr find grep head hostname id ls mkdir mktemp nproc printf
-    pwd readlink realpath rm sed seq sh sleep sort tail tee test touch tr true uname uniq wc which xargs""".split()
+TOOLS = [
+    "awk",
+    "basename",
+    "bash",
+    "cat",
+    "cp",
+    "cut",
+    "date",
+    "dirname",
+    "echo",
+    "env",
+    "expr",
+    "find",
+    "grep",
+    "head",
+    "hostname",
+    "id",
+    "ls",
+    "mkdir",
+    "mktemp",
+    "nproc",
+    "printf",
+    "pwd",
+    "readlink",
+    "realpath",
+    "rm",
+    "sed",
+    "seq",
+    "sh",
+    "sleep",
+    "sort",
+    "tail",
+    "tee",
+    "test",
+    "touch",
+    "tr",
+    "true",
+    "uname",
+    "uniq",
+    "wc",
+    "which",
+    "xargs",
+]
 STARTERS = ("python", "python3", "uv", "ray", "torchrun", "hf", "huggingface-cli", "nohup", "srun", "nsys")
 # What computes something for the script (`python3 -c ...`) gets no answer, as where no package is installed.
 STUB = """#!{bash}

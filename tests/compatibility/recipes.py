@@ -1,6 +1,7 @@
 """Which of verl's example scripts take the switch; docs/compatibility.md and the README's fraction are made from it.
 
     .venv/bin/python tests/compatibility/recipes.py --verl FOLDER [FOLDER ...]     checkouts of verl and verl-recipe
+    .venv/bin/python tests/compatibility/recipes.py --again     after a change of what is refused, without a checkout
 
 Every script is run with a stub in python's place (recipe_scripts.py); what it hands to verl.trainer.main_ppo is composed by
 Hydra on the installed verl and put through the driver's checks, with the script's own estimator and with vimpo. Nothing is
@@ -12,7 +13,9 @@ it has is made a plus plus, both are counted, and the rest of the script is chec
 
 import argparse
 import contextlib
+import copy
 import datetime
+import functools
 import io
 import json
 import os
@@ -32,17 +35,22 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 MAIN = "verl.trainer.main_ppo"
 REFUSED = "algorithm.adv_estimator=vimpo cannot run with this configuration:\n"
-# The keys that decide whether a script is a plain GRPO recipe, and what the checks say of it: what the tests of the table
-# compose again, so that a change of what is refused shows without a checkout.
-SETTINGS = (
-    "algorithm.adv_estimator", "algorithm.gamma", "algorithm.lam", "algorithm.use_kl_in_reward", "algorithm.rollout_correction.bypass_mode",
-    "algorithm.rollout_correction.rollout_is", "algorithm.rollout_correction.rollout_rs",
-    "actor_rollout_ref.actor.policy_loss.loss_mode", "actor_rollout_ref.actor.loss_agg_mode",
-    "actor_rollout_ref.actor.loss_scale_factor", "actor_rollout_ref.actor.use_prefix_grouper",
-    "actor_rollout_ref.model.use_fused_kernels", "actor_rollout_ref.model.lora_rank",
-    "actor_rollout_ref.model.lora_adapter_path", "actor_rollout_ref.model.lora.rank",
-    "distillation.enabled", "trainer.use_v1", "trainer.v1.trainer_mode",
-)  # fmt: skip
+# The keys below which a script's settings are kept, where they differ from verl's: those that the checks may look at. With them
+# the checks are run again without a checkout, by `--again` and by a test.
+KEPT = (
+    "algorithm",
+    "distillation.enabled",
+    "critic.enable",
+    "trainer.use_v1",
+    "trainer.v1.trainer_mode",
+    "actor_rollout_ref",
+)
+# Of those, what says how large, how fast and where from, and no more.
+NOT_KEPT = re.compile(
+    r"actor_rollout_ref\.(rollout\.(?!n$|calculate_log_probs$)|model\.(enable|use_remove|custom|target|exclude)|nccl|hybrid)"
+    r"|actor_rollout_ref\..*(optim|profiler|checkpoint|(?<!adapter_)path$|files$|override_|offload|bsz|micro_batch|token_len"
+    r"|trust_remote|torch_compile|infer_)|algorithm\.(kl_ctrl|pf_ppo)"
+)
 
 
 @dataclass
@@ -56,7 +64,7 @@ class Recipe:
         mended: overrides that the installed verl does not compose, as they stand in the script.
         engine: actor.strategy; "?" where the script's overrides do not compose at all.
         plain: plain GRPO, that is the estimator grpo with verl's vanilla policy loss and no distillation.
-        settings: those of SETTINGS that are not as verl has them.
+        settings: what is kept of its configuration (KEPT) and not as verl has it.
         own: what verl says with the script's own estimator; "" where it accepts the configuration.
         refused: keys that VIMPO refuses, as "key=value"; empty where the script takes the switch.
         warned: keys that VIMPO warns of.
@@ -75,7 +83,7 @@ class Recipe:
 
     @property
     def verdict(self) -> str:
-        """"accepted", or why not."""
+        """ "accepted", or why not."""
         return ", ".join(self.refused) or (self.own if self.engine == "?" else "accepted")
 
 
@@ -86,11 +94,13 @@ def main(checkouts: list[Path]) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not torch.cuda.is_available():
         os.environ.setdefault("VERL_PLATFORM", "cpu")
-    results = {
-        "date": datetime.date.today().isoformat(),
-        "verl": metadata.version("verl"),
-        "checkouts": [run_checkout(checkout.resolve()) for checkout in checkouts],
-    }
+    if checkouts:
+        found = [run_checkout(checkout.resolve()) for checkout in checkouts]
+    else:
+        found = json.loads(recipes_page.RESULTS.read_text())["checkouts"]
+        for checkout in found:
+            checkout["recipes"] = [r if r["engine"] == "?" else again(r) for r in checkout["recipes"]]
+    results = {"date": datetime.date.today().isoformat(), "verl": metadata.version("verl"), "checkouts": found}
     recipes_page.RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     recipes_page.write(results)
     print(recipes_page.summary(results))
@@ -124,7 +134,9 @@ def run_checkout(checkout: Path) -> dict:
 
 
 def _git(checkout: Path, *arguments: str) -> str:
-    return subprocess.run(["git", "-C", checkout, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", checkout, *arguments], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def check(script: str, ran: recipe_scripts.ScriptRun, command: recipe_scripts.Command) -> Recipe:
@@ -247,12 +259,43 @@ def _find(overrides: list[str], key: str) -> int | None:
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """Those of SETTINGS that differ from verl's defaults."""
+    """What is kept of a script's configuration: key -> value, where verl's default for its engine is another."""
+    given, defaults = _flat(config), _flat(base_of(config.actor_rollout_ref.actor.strategy))
+    kept = [key for key in given if key.startswith(KEPT) and not NOT_KEPT.match(key)]
+    return {key: given[key] for key in kept if given[key] != defaults.get(key)}
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    defaults = compose([], split(())[0])
-    values = {key: OmegaConf.select(config, key) for key in SETTINGS}
-    return {key: value for key, value in values.items() if value != OmegaConf.select(defaults, key)}
+    container = OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config
+    found: dict[str, Any] = {}
+    for key, value in container.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
+@functools.cache
+def base_of(engine: str):
+    """verl's configuration for an engine, before a script's overrides."""
+    group = [f"model_engine={engine}"] if engine in ("megatron", "veomni", "torchtitan") else []
+    return compose(group, split(())[0])
+
+
+def again(recipe: dict) -> dict:
+    """Put a script's kept settings through VIMPO's checks as they are now; what they say takes the place of what they said."""
+    from omegaconf import OmegaConf
+
+    config = copy.deepcopy(base_of(recipe["engine"]))
+    OmegaConf.set_struct(config, False)
+    for key, value in {**NEEDED, **recipe["settings"], "algorithm.adv_estimator": "vimpo"}.items():
+        OmegaConf.update(config, key, value, force_add=True)
+    _, refused, warned = validate(config)
+    return {**recipe, "refused": refused, "warned": warned}
+
+
+# What verl's checks want of every recipe, whatever its size.
+NEEDED = {"actor_rollout_ref.actor.use_dynamic_bsz": True, "actor_rollout_ref.model.path": "somewhere"}
 
 
 def is_plain(given: dict[str, Any]) -> bool:
@@ -312,5 +355,9 @@ def _heard() -> Iterator[list[str]]:
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE))
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--verl", type=Path, nargs="+", required=True, metavar="FOLDER")
+    source = arguments.add_mutually_exclusive_group(required=True)
+    source.add_argument("--verl", type=Path, nargs="+", default=[], metavar="FOLDER")
+    source.add_argument(
+        "--again", action="store_true", help="the kept settings of the last time, after a change of the checks"
+    )
     sys.exit(main(arguments.parse_args().verl))

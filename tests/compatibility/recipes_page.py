@@ -15,7 +15,9 @@ RESULTS = HERE / "recipes.json"
 BEGIN = "<!-- made by tests/compatibility/recipes.py: begin -->"
 END = "<!-- made by tests/compatibility/recipes.py: end -->"
 # The one sentence of the README that has the fraction.
-FRACTION = re.compile(r"\d+ of the \d+ example scripts of verl that run\s+plain GRPO take it, \d+ of the \d+ with another\s+loss or estimator")
+FRACTION = re.compile(
+    r"\d+ of the \d+ example scripts of verl that run\s+plain GRPO take it, \d+ of the \d+ with another\s+loss or estimator"
+)
 
 
 def write(results: dict) -> None:
@@ -60,10 +62,10 @@ def render(results: dict) -> str:
     """The text between the two markers."""
     names = " ".join(f"{c['name'].upper()}_CHECKOUT" for c in results["checkouts"])
     lines = [
-        f"On {results['date']}, on verl {results['verl']}, by `.venv/bin/python tests/compatibility/recipes.py --verl {names}`. "
-        "Each script is run with a stub in python's place, and what it hands to `verl.trainer.main_ppo` is composed by Hydra and put "
-        "through the driver's checks, with its own estimator and with `vimpo`. Nothing is trained: what has been run is below, under "
-        '"Everything else".',
+        f"On {results['date']}, on verl {results['verl']}, by `.venv/bin/python tests/compatibility/recipes.py --verl {names}`.",
+        "Each script is run with a stub in python's place, and what it hands to `verl.trainer.main_ppo` is composed by Hydra",
+        "and put through the driver's checks, with its own estimator and with `vimpo`. Nothing is trained: what has been run is",
+        'below, under "Everything else".',
     ]
     for checkout in results["checkouts"]:
         lines += ["", *_checkout(checkout, results["verl"])]
@@ -89,8 +91,8 @@ def _checkout(checkout: dict, verl: str) -> list[str]:
     lines += ["", *_reasons(recipes)]
     lines += [
         "",
-        f"{len(mended)} of them do not compose on verl {verl} as they stand, with their own estimator neither: they are newer or older. "
-        "The override that this verl has no key for is left out, and they count by what the rest says.",
+        f"{len(mended)} of them do not compose on verl {verl} as they stand, with their own estimator neither: they are newer or",
+        "older. What this verl has no key for is left out, and they count by what the rest says.",
     ]
     if checkout["other_modules"]:
         started = sorted(checkout["other_modules"].items(), key=lambda item: (-len(item[1]), item[0]))
@@ -108,7 +110,9 @@ def _of(accepted_and_all: tuple[int, int]) -> str:
 
 
 def _reasons(recipes: list[dict]) -> list[str]:
-    by_kind = {plain: Counter(key for r in recipes if r["plain"] == plain for key in r["refused"]) for plain in (True, False)}
+    by_kind = {
+        plain: Counter(key for r in recipes if r["plain"] == plain for key in r["refused"]) for plain in (True, False)
+    }
     reasons = sorted(by_kind[True] | by_kind[False], key=lambda key: (-by_kind[True][key] - by_kind[False][key], key))
     if not reasons:
         return ["Nothing is refused."]
@@ -124,17 +128,22 @@ def _table(recipes: list[dict]) -> list[str]:
         "| --- | --- | --- | --- | --- |",
     ]
     for recipe in sorted(recipes, key=lambda recipe: recipe["script"]):
-        verdict = "yes" if accepted(recipe) else ", ".join(f"`{short(key)}`" for key in recipe["refused"]) or recipe["own"]
-        left_out = ", ".join(dict.fromkeys(f"`{short(override.lstrip('+').split('=')[0])}`" for override in recipe["mended"][:3]))
+        verdict = (
+            "yes" if accepted(recipe) else ", ".join(f"`{short(key)}`" for key in recipe["refused"]) or recipe["own"]
+        )
+        left_out = ", ".join(
+            dict.fromkeys(f"`{short(override.lstrip('+').split('=')[0])}`" for override in recipe["mended"][:3])
+        )
         more = f" and {len(recipe['mended']) - 3} more" if len(recipe["mended"]) > 3 else ""
         lines.append(
-            f"| {recipe['script'].removeprefix('examples/')} | {recipe['engine']} | {kind(recipe)} | {verdict} | {left_out}{more} |"
+            f"| {recipe['script'].removeprefix('examples/')} | {recipe['engine']} | {kind(recipe)} | {verdict} "
+            f"| {left_out}{more} |"
         )
     return [*lines, "", "</details>"]
 
 
 def kind(recipe: dict) -> str:
-    """"plain GRPO", or what is other than that."""
+    """ "plain GRPO", or what is other than that."""
     given = recipe["settings"]
     estimator = given.get("algorithm.adv_estimator", "gae")
     loss = given.get("actor_rollout_ref.actor.policy_loss.loss_mode")
