@@ -40,8 +40,9 @@ def loss_problems(config: Any) -> Iterator[str]:
         yield f"{key}=dro without actor_rollout_ref.actor.policy_loss.dro_beta, which verl wants to be a positive number"
     if (config.get("distillation") or {}).get("enabled", False):
         yield (
-            "distillation.enabled=True: verl puts the teacher's loss into the one logits hook that kappa comes from, and in the "
-            "place of ppo_loss, so that neither L_A nor L_V would be in it; write distillation.enabled=False"
+            "distillation.enabled=True: with distillation_loss.use_task_rewards=False, as verl's examples have it, the policy "
+            "learns from a teacher alone and there is no reward for VIMPO; with task rewards the teacher's loss takes the one "
+            "logits hook that kappa comes from. Write distillation.enabled=False"
         )
     if actor.get("use_prefix_grouper", False):
         yield (
@@ -81,8 +82,8 @@ def _fixed_coefficient(config: Any, knobs: VimpoConfig) -> Iterator[str]:
     if abs(weight - 1) > 1e-6:
         yield (
             f"actor_rollout_ref.actor.loss_agg_mode={agg_mode(config.actor_rollout_ref.actor)} makes L_A {weight:.3g} times "
-            f"its mean over tokens where responses have {config.data.max_response_length} of them, and algorithm.vimpo.actor_coeff="
-            f"{knobs.actor_coeff} does not allow for it. The paper's 5e-3 is for token-mean: write "
+            f"its mean over tokens where responses have {config.data.max_response_length} of them, and "
+            f"algorithm.vimpo.actor_coeff={knobs.actor_coeff} does not allow for it. The paper's 5e-3 is for token-mean: write "
             "actor_rollout_ref.actor.loss_agg_mode=token-mean, or algorithm.vimpo.actor_coeff=auto, which is the same "
             "push in every mode"
         )
