@@ -97,6 +97,9 @@ class InProcessGroup:
     def update_actor(self, batch):
         return self.worker.update_actor(self._data(batch))
 
+    def __getattr__(self, name):  # save_model_to_cpu and the like, which take no batch
+        return getattr(self.worker, name)
+
 
 def make_config(path, *overrides):
     """A GRPO recipe with the switch, for a batch of 8 samples on the CPU; validated as verl's driver does."""
@@ -147,13 +150,22 @@ def make_trainer(config, monkeypatch, stock=None):
     monkeypatch.setattr(transfer_queue, "kv_batch_put", queue.put)
     monkeypatch.setattr(engine_workers, "get_rollout_class", lambda name, mode: lambda **_: None)
     trainer_type = trainer_class(stock or TRAINER_REGISTRY[config.trainer.v1.trainer_mode], config)
-    worker = trainer_type.worker_type(config=config.actor_rollout_ref, role="actor_rollout_ref")
+    worker_type = trainer_type.worker_in_place_of(verls_worker(config.trainer.v1.trainer_mode))
+    worker = worker_type(config=config.actor_rollout_ref, role="actor_rollout_ref")
     worker.init_model()
     trainer = object.__new__(trainer_type)  # its __init__ makes a replay buffer
     trainer.config, trainer.knobs, trainer.global_steps = config, knobs_of(config)[0], 1
     trainer.set_up_estimator()
     trainer.actor_rollout_wg = InProcessGroup(worker, queue)
     return trainer, queue
+
+
+def verls_worker(mode: str) -> type:
+    """The class that verl's trainer of this mode makes its hybrid worker of."""
+    from verl.experimental.separation.engine_workers import DetachActorWorker
+    from verl.workers.engine_workers import ActorRolloutRefWorker
+
+    return DetachActorWorker if mode == "separate_async" else ActorRolloutRefWorker
 
 
 def run_trainer_step(trainer, queue, samples) -> dict[str, float]:

@@ -141,7 +141,9 @@ def test_a_seam_that_fails_is_remembered_and_breaks_nothing(monkeypatch, capsys)
 
     monkeypatch.setattr(seams, "_failures", {})
     monkeypatch.setattr(seams, "_in_force", set())
-    broken = seams.Seam("a name", "verl.some.module", "verl_patches.no_such_module:install", "something", "wrapper", "never")
+    broken = seams.Seam(
+        "a name", "verl.some.module", "verl_patches.no_such_module:install", "something", "wrapper", "never"
+    )
     seams._install(broken, None)
     assert "no_such_module" in seams.failures()["a name"] and not seams.is_in_force(broken)
     assert "'a name'" in capsys.readouterr().err

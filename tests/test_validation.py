@@ -168,7 +168,6 @@ REFUSED = {
     "algorithm.rollout_correction.bypass_mode=True": "algorithm.rollout_correction.bypass_mode=False",
     "critic.enable=True": "remove critic.enable",
     "trainer.use_v1=False": "trainer.use_v1=True",
-    "trainer.v1.trainer_mode=separate_async": "trainer.v1.trainer_mode=sync",
     "actor_rollout_ref.actor.strategy=megatron": "actor_rollout_ref.actor.strategy=fsdp2",
     "actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean": "Write vanilla, or gspo",
     "actor_rollout_ref.ref.strategy=fsdp2": "remove actor_rollout_ref.ref.strategy",
@@ -178,7 +177,8 @@ REFUSED = {
     "+actor_rollout_ref.ref.fsdp_config.mixed_precision={param_dtype:fp16}": "remove it, and the reference follows",
     "actor_rollout_ref.actor.fsdp_config.qat.enable=True": "actor_rollout_ref.actor.fsdp_config.qat.enable=False",
     "actor_rollout_ref.actor.fsdp_config.pad_to_length=True": "pad_to_length=False",
-    "actor_rollout_ref.model.lora_adapter_path=adapters/one": "write actor_rollout_ref.model.lora_rank",
+    "actor_rollout_ref.model.lora_adapter_path=adapters/one": "merge the adapter into the model",
+    "+actor_rollout_ref.model.lora.rank=8": "write actor_rollout_ref.model.lora_rank",
     "distillation.enabled=True": "distillation.enabled=False",
     "+algorithm.vimpo.kl_estimator=k1": "exact, k2 or k3",
     "+algorithm.vimpo.betta=1": "did you mean algorithm.vimpo.beta?",
@@ -301,6 +301,7 @@ WARNED = {
     "actor_rollout_ref.actor.entropy_coeff=0.01": "weighs as",
     "algorithm.lam=0.95": "about 20 tokens",
     "algorithm.use_kl_in_reward=True": "R is the reward without verl's penalty",
+    "actor_rollout_ref.actor.use_prefix_grouper=True": "do not look at it",
 }
 
 
@@ -310,14 +311,6 @@ def test_warnings(override, caplog):
         validate(vimpo(override))
     (record,) = [r for r in caplog.records if r.name == "vimpo_verl"]
     assert override in record.getMessage() and WARNED[override] in record.getMessage()
-
-
-def test_an_adapter_to_start_from_is_warned_of(caplog):
-    overrides = ["actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_adapter_path=adapters/one"]
-    with caplog.at_level(logging.WARNING, logger="vimpo_verl"):
-        validate(vimpo(*overrides))
-    (record,) = [r for r in caplog.records if r.name == "vimpo_verl"]
-    assert overrides[1] in record.getMessage() and "vimpo/kl is not 0 at the first step" in record.getMessage()
 
 
 def test_a_plain_recipe_gives_no_warning(caplog):

@@ -159,12 +159,18 @@ class FamilyTrainer:
             )
         role = hybrid.pop()
         worker = self.role_worker_mapping[role].__ray_actor_class__
-        if worker is not ActorRolloutRefWorker:
+        own = self.worker_in_place_of(worker)
+        if own is None:
             raise RuntimeError(
                 f"{title} puts its own worker in the place of verl's ActorRolloutRefWorker, and {type(self).__name__} has put "
                 f"{worker.__name__} there"
             )
-        self.role_worker_mapping[role] = ray.remote(self.worker_type)
+        self.role_worker_mapping[role] = ray.remote(own)
+
+    @classmethod
+    def worker_in_place_of(cls, verls: type) -> type | None:
+        """The estimator's worker for the one that verl has chosen; None where there is none for it."""
+        return cls.worker_type if verls is ActorRolloutRefWorker else None
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """As verl's; the estimator's metrics under its own name, and a word about mini-batches that were skipped."""

@@ -44,11 +44,6 @@ def loss_problems(config: Any) -> Iterator[str]:
             "learns from a teacher alone and there is no reward for VIMPO; with task rewards the teacher's loss takes the one "
             "logits hook that kappa comes from. Write distillation.enabled=False"
         )
-    if actor.get("use_prefix_grouper", False):
-        yield (
-            "actor_rollout_ref.actor.use_prefix_grouper=True: the joint pass does not know shared prefixes; write "
-            "actor_rollout_ref.actor.use_prefix_grouper=False"
-        )
 
 
 def adjust_losses(config: Any) -> None:

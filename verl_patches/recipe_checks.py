@@ -13,6 +13,7 @@ from vimpo_verl.config import VimpoConfig
 
 # Trainer modes of verl.trainer.ppo.v1 that FamilyTrainer can be put in front of.
 TRAINER_MODES = ("sync", "colocate_async")
+SEPARATE = "separate_async"  # VIMPO has a worker for it, where policy and reference are in one
 
 
 def problems(config: Any) -> list[str]:
@@ -137,16 +138,27 @@ def trainer_problems(config: Any, what: str) -> Iterator[str]:
 
 
 def _trainer(config: Any) -> Iterator[str]:
-    return trainer_problems(config, "VIMPO")
+    if config.trainer.get("v1", {}).get("trainer_mode") != SEPARATE or not config.trainer.get("use_v1", True):
+        yield from trainer_problems(config, "VIMPO")
+    elif not config.actor_rollout_ref.get("hybrid_engine", True):
+        yield (
+            f"actor_rollout_ref.hybrid_engine=False with trainer.v1.trainer_mode={SEPARATE}: policy and reference would be two "
+            "workers, and VIMPO's pass runs through both in one; write actor_rollout_ref.hybrid_engine=True"
+        )
 
 
 def _model(config: Any) -> Iterator[str]:
     model = config.actor_rollout_ref.model
-    if has_lora(model) and not (model.get("lora_rank") or 0) > 0:
+    if model.get("lora_adapter_path") is not None:
         yield (
-            "actor_rollout_ref.model.lora_rank=0 with actor_rollout_ref.model.lora_adapter_path or lora.rank: verl's FSDP "
-            "engine makes and loads adapters by lora_rank alone, and verl keeps no other reference; write "
-            "actor_rollout_ref.model.lora_rank"
+            f"actor_rollout_ref.model.lora_adapter_path={model.lora_adapter_path}: the reference is the model with its adapters "
+            "off, not the adapter's start, so what it has learnt already would be read as values; merge the adapter into the "
+            "model of actor_rollout_ref.model.path and write actor_rollout_ref.model.lora_adapter_path=null"
+        )
+    elif has_lora(model) and not (model.get("lora_rank") or 0) > 0:
+        yield (
+            "actor_rollout_ref.model.lora_rank=0 with actor_rollout_ref.model.lora.rank: verl's FSDP engine makes adapters by "
+            "lora_rank alone, and verl keeps no other reference; write actor_rollout_ref.model.lora_rank"
         )
     if has_lora(model) and model.get("use_fused_kernels", False):
         yield (
@@ -169,11 +181,8 @@ def _taken_over(config: Any) -> Iterator[str]:
             f"algorithm.lam={lam}: GRPO and its like do not look at it, VIMPO does: a token's advantage counts what comes after "
             f"it with lambda to the distance, which reaches about {1 / (1 - lam):.3g} tokens. The paper's is algorithm.lam=1.0"
         )
-    adapter = config.actor_rollout_ref.model.get("lora_adapter_path")
-    if adapter is not None:
+    if config.actor_rollout_ref.actor.get("use_prefix_grouper", False):
         yield (
-            f"actor_rollout_ref.model.lora_adapter_path={adapter}: the reference is the base model without this adapter, so "
-            "vimpo/kl is not 0 at the first step, and what the adapter has learnt is read as values. To start from it, "
-            "merge it into the model of actor_rollout_ref.model.path and write "
-            "actor_rollout_ref.model.lora_adapter_path=null"
+            "actor_rollout_ref.actor.use_prefix_grouper=True: verl's v1 trainer and its engines do not look at it, with any "
+            "estimator: prompts that responses share are computed for each of them"
         )

@@ -39,6 +39,15 @@ class VimpoTrainer(FamilyTrainer):
                 "joint pass takes its place. Remove it from that class, or move what it does to another step"
             )
 
+    @classmethod
+    def worker_in_place_of(cls, verls: type) -> type | None:
+        """As FamilyTrainer's; also of verl's worker in separate_async."""
+        from verl.experimental.separation.engine_workers import DetachActorWorker
+
+        from verl_patches.separate_worker import VimpoDetachActorWorker
+
+        return VimpoDetachActorWorker if verls is DetachActorWorker else super().worker_in_place_of(verls)
+
     def set_up_estimator(self) -> None:
         """As FamilyTrainer's."""
         super().set_up_estimator()
