@@ -178,7 +178,7 @@ REFUSED = {
     "actor_rollout_ref.actor.fsdp_config.qat.enable=True": "actor_rollout_ref.actor.fsdp_config.qat.enable=False",
     "actor_rollout_ref.actor.fsdp_config.pad_to_length=True": "pad_to_length=False",
     "actor_rollout_ref.model.lora_adapter_path=adapters/one": "merge the adapter into the model",
-    "+actor_rollout_ref.model.lora.rank=8": "write actor_rollout_ref.model.lora_rank",
+    "actor_rollout_ref.model.lora.rank=8": "write actor_rollout_ref.model.lora_rank",
     "distillation.enabled=True": "distillation.enabled=False",
     "+algorithm.vimpo.kl_estimator=k1": "exact, k2 or k3",
     "+algorithm.vimpo.betta=1": "did you mean algorithm.vimpo.beta?",
