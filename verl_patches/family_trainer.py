@@ -127,7 +127,8 @@ class FamilyTrainer:
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args, **kwargs) -> KVBatchMeta:
         """As verl's; says how many responses verl has dropped, because their generation or reward raised."""
         asked = self._responses_asked(batch)
-        missing = metrics[f"{self.estimator}/missing_responses"] = asked - len(batch.keys)
+        sessions = len(set(session_ends(batch.keys)))
+        missing = metrics[f"{self.estimator}/missing_responses"] = asked - sessions
         if missing:
             say(
                 f"step {self.global_steps}: {missing} of {asked} responses are missing: their generation or reward raised "
@@ -232,15 +233,14 @@ def is_padding(batch: KVBatchMeta) -> list[bool]:
     return [bool(tag.get("is_padding", False)) for tag in batch.tags]
 
 
-def require_one_output_a_session(keys: list[str]) -> None:
-    """verl names a sample {uid}_{session}_{output}; the group statistics need one output a session.
+def session_ends(keys: list[str]) -> list[int]:
+    """The row that ended the session of each row: an agent loop may return several outputs for one, in order.
 
-    Raises:
-        NotImplementedError: a session has several.
+    Args:
+        keys: verl's names of the samples of a batch, {uid}_{session}_{output}.
     """
-    sessions = {key.rsplit("_", 1)[0] for key in keys}
-    if len(sessions) != len(keys):
-        raise NotImplementedError(
-            f"{len(keys)} outputs for {len(sessions)} sessions. An agent loop that returns several outputs for one session is "
-            "not supported; return one, with tool output masked"
-        )
+    last: dict[str, tuple[int, int]] = {}
+    for row, key in enumerate(keys):
+        session, output = key.rsplit("_", 1)
+        last[session] = max(last.get(session, (-1, row)), (int(output), row))
+    return [last[key.rsplit("_", 1)[0]][1] for key in keys]

@@ -1,8 +1,8 @@
 """Seam: with LoRA the reference is the policy's own base model, the adapters switched off.
 
 Touches verl's FSDPEngine.disable_adapter, as verl's own reference pass with LoRA does (`ref_in_actor`). Checked against verl
-0.9.1; no upstream issue. Not with fused kernels: there the reference runs inside the policy's forward, which cannot have its
-adapters on and off at once.
+0.9.1; no upstream issue. A forward cannot have its adapters on and off at once, so with fused kernels, which have no logits
+hook, the reference runs after the policy's forward (verl_patches.fused_head).
 """
 
 import contextlib
@@ -19,10 +19,10 @@ class AdaptersOff:
     """
 
     def __init__(self, actor: Any):
-        self.engine = _EngineWithAdaptersOff(actor.engine)
+        self.engine = EngineWithAdaptersOff(actor.engine)
 
 
-class _EngineWithAdaptersOff:
+class EngineWithAdaptersOff:
     """The part of an engine's interface that joint pass and update use of the reference."""
 
     def __init__(self, engine: Any):

@@ -160,11 +160,6 @@ def _model(config: Any) -> Iterator[str]:
             "actor_rollout_ref.model.lora_rank=0 with actor_rollout_ref.model.lora.rank: verl's FSDP engine makes adapters by "
             "lora_rank alone, and verl keeps no other reference; write actor_rollout_ref.model.lora_rank"
         )
-    if has_lora(model) and model.get("use_fused_kernels", False):
-        yield (
-            "actor_rollout_ref.model.use_fused_kernels=True with LoRA: the reference is the policy with its adapters off "
-            "and cannot run inside the policy's own forward; write actor_rollout_ref.model.use_fused_kernels=False"
-        )
 
 
 def _taken_over(config: Any) -> Iterator[str]:

@@ -13,7 +13,7 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
-from verl_patches.family_trainer import FamilyTrainer, is_padding, require_one_output_a_session, say
+from verl_patches.family_trainer import FamilyTrainer, is_padding, say, session_ends
 from verl_patches.loss_aggregation import aggregation_weight
 from verl_patches.run_beta import RunBeta
 from verl_patches.value_branch import ACTOR_COEFF, BETA, IS_REAL, VALUE_MASK
@@ -78,7 +78,6 @@ class VimpoTrainer(FamilyTrainer):
         return batch
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        require_one_output_a_session(batch.keys)
         fields = ["old_log_probs", "ref_log_prob", "token_kl", "rm_scores", "response_mask"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         mask, every_token = data["response_mask"], torch.ones_like(data["rm_scores"])
@@ -94,6 +93,7 @@ class VimpoTrainer(FamilyTrainer):
             lam=self.config.algorithm.lam,
             actor_loss_weight=aggregation_weight(self.config, padded["response_mask"]),
             response_mask=padded["response_mask"],
+            session_end=torch.tensor(session_ends(batch.keys)),
         )
         with joint_pass_output(output):
             batch = super()._compute_advantage(batch, metrics)

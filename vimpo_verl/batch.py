@@ -40,6 +40,7 @@ def compute_batch(
     lam: float,
     is_padding: Tensor | None = None,
     actor_loss_weight: float = 1.0,
+    session_end: Tensor | None = None,
 ) -> VimpoBatch:
     """The driver's half of VIMPO for one batch.
 
@@ -54,6 +55,8 @@ def compute_batch(
         is_padding: [B] bool, placeholder sequences that verl added; they count nowhere. None: there are none.
         actor_loss_weight: what the actor loss's aggregation makes of a loss of 1 on every valid token of a mini-batch: 1
             for a mean over tokens. actor_coeff "auto" allows for it.
+        session_end: [B] of row numbers: where a session has several sequences, the one that ended it. Its reward is that of
+            all of them, and it alone counts in its group. None: every sequence is a session of its own.
 
     Returns:
         VimpoBatch, in float32 (float64 for float64 inputs), on the inputs' device.
@@ -70,10 +73,14 @@ def compute_batch(
         raise ValueError(f"is_padding must be [B] = {list(outcome.shape)}, got shape {list(is_padding.shape)}")
     real = torch.ones_like(outcome, dtype=torch.bool) if is_padding is None else ~is_padding.bool()
     mask = F.require_mask(response_mask) & real.unsqueeze(-1)
+    rows = torch.arange(len(outcome), device=outcome.device)
+    end = rows if session_end is None else session_end
+    outcome = outcome[end]
     beta = _beta(config, mask, outcome, group, real)
     config = replace(config, beta=beta.value)
     td = F.td_residual(old_log_prob, ref_log_prob, token_kl, mask, config.beta)
-    target = torch.where(real, outcome.to(td.dtype) - _baseline(outcome, group, real, config), 0.0).to(td.dtype)
+    baseline = _baseline(outcome, group, real & (end == rows), config)[end]
+    target = torch.where(real, outcome.to(td.dtype) - baseline, 0.0).to(td.dtype)
     raw = F.implied_advantages(td, mask, lam)
     summary = _Summary(td, target, outcome, mask, group, real)
     coeff = _actor_coeff(config, summary, actor_loss_weight)

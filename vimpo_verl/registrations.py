@@ -34,6 +34,7 @@ class JointPassOutput:
         actor_loss_weight: what loss_agg_mode makes of a loss of 1 on every token; 1 for token-mean.
         response_mask: [B, T], of whole responses, where the one that the estimator is handed lacks tokens that verl has
             rejected from the policy loss. None: they are the same.
+        session_end: [B], the row that ended the session of each; None: there is one response a session.
         result: filled by the estimator.
     """
 
@@ -45,6 +46,7 @@ class JointPassOutput:
     lam: float
     actor_loss_weight: float = 1.0
     response_mask: Tensor | None = None
+    session_end: Tensor | None = None
     result: VimpoBatch | None = None
 
 
@@ -126,6 +128,7 @@ def vimpo_advantage(
         lam=output.lam,
         is_padding=output.is_padding,
         actor_loss_weight=output.actor_loss_weight,
+        session_end=output.session_end,
     )
     return output.result.advantages, output.result.returns
 
