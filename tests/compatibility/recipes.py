@@ -150,17 +150,17 @@ def check(script: str, ran: recipe_scripts.ScriptRun, command: recipe_scripts.Co
     recipe = Recipe(script, command.launcher, given=list(ran.given))
     location, overrides = split(command.arguments)
     try:
-        overrides, recipe.mended = mend(overrides, location)
+        config, recipe.mended = mend(overrides, location)
     except Exception as error:
         recipe.own = f"does not compose: {_first_line(error)}"
         recipe.engine = "?"
         return recipe
-    config = compose(overrides, location)
     recipe.engine = config.actor_rollout_ref.actor.strategy
     recipe.settings = settings(config)
     recipe.plain = is_plain(recipe.settings)
-    recipe.own = validate(config)[0]
-    _, recipe.refused, recipe.warned = validate(compose([*overrides, "algorithm.adv_estimator=vimpo"], location))
+    recipe.own = validate(copy.deepcopy(config))[0]
+    config.algorithm.adv_estimator = "vimpo"
+    _, recipe.refused, recipe.warned = validate(config)
     return recipe
 
 
@@ -198,11 +198,11 @@ _OTHERS_ENGINE = re.compile(r"\w+@(actor_rollout_ref\.\w+|critic)=(\w+?)_\w+")
 _MOVED = {"actor_rollout_ref.actor.model_engine=": "model_engine="}  # where verl 0.9.1 has it
 
 
-def mend(overrides: list[str], location: tuple[str, str]) -> tuple[list[str], list[str]]:
+def mend(overrides: list[str], location: tuple[str, str]) -> tuple[Any, list[str]]:
     """Leave out, or write as this verl has it, what the installed verl has no key for.
 
     Returns:
-        Overrides that compose, and those of the given ones that had to be left out or changed.
+        The configuration, and those of the overrides that had to be left out or changed.
 
     Raises:
         Exception: Hydra's, where none of the overrides is to blame.
@@ -210,7 +210,8 @@ def mend(overrides: list[str], location: tuple[str, str]) -> tuple[list[str], li
     overrides, mended = list(overrides), []
     while True:
         try:
-            _build(compose(overrides, location))
+            config = compose(overrides, location)
+            _build(config)
         except Exception as error:
             at, replacement = _to_blame(overrides, str(error))
             if at is None:
@@ -218,7 +219,7 @@ def mend(overrides: list[str], location: tuple[str, str]) -> tuple[list[str], li
             mended.append(overrides[at])
             overrides[at : at + 1] = replacement
         else:
-            return overrides, mended
+            return config, mended
 
 
 def _build(config: Any) -> None:
