@@ -21,6 +21,7 @@ REPLAY_BUFFER = "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer"
 POLICY_LOSS_ARGUMENTS = (
     "old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights",
 )  # fmt: skip
+BUDGET = "verl_patches.rollout_budget"
 STEP = ("self", "batch", "metrics")
 STATES = ("partitions", "pending_keys", "running_keys", "finished_keys", "failure_keys")
 
@@ -220,6 +221,29 @@ CONTRACT = {
         ("transfer_queue:kv_batch_put", Called(0, ("keys", "partition_id", "fields"))),
         ("transfer_queue:KVBatchMeta", Called(0, ("keys", "tags", "partition_id", "extra_info"))),
     ],
+    "PACS: estimator and policy loss": [
+        (f"{ALGOS}:POLICY_LOSS_REGISTRY", Holds(("pacs",))),
+        (f"{ALGOS}:ADV_ESTIMATOR_REGISTRY", Holds(("pacs",))),
+        # groups whole in a mini-batch
+        (f"{TRAINER}._balance_batch", Parameters(("self", "batch", "metrics", "logging_prefix", "keep_minibatch"))),
+        (
+            f"{TRAINER}._balance_batch",
+            Mentions(("upsample_batch_to_divisible_size", "_dispatch_info", "reorder", "seq_len")),
+        ),
+        ("verl.trainer.ppo.padding_utils:upsample_batch_to_divisible_size", Called(3)),
+        ("verl.utils.seqlen_balancing:get_seqlen_balanced_partitions", Called(1, ("k_partitions", "equal_size"))),
+        ("verl.utils.seqlen_balancing:calculate_workload", Called(1)),
+        ("verl.utils.seqlen_balancing:log_seqlen_unbalance", Called(0, ("seqlen_list", "partitions", "prefix"))),
+        # the worker
+        (f"{WORKERS}:TrainingWorker.train_mini_batch", Parameters(("self", "data"))),
+        (
+            f"{WORKERS}:TrainingWorker.train_mini_batch",
+            Mentions(("train_batch", "mini_batch_size_per_gpu", "make_iterator")),
+        ),
+        (f"{ENGINE}.infer_batch", Parameters(("self", "data", "loss_function"))),
+        (f"{ENGINE}", Holds(("get_data_parallel_rank", "get_data_parallel_group", "eval_mode"))),
+        ("verl.workers.config:PolicyLossConfig", Derives("verl_patches.policy_loss_config:PacsPolicyLossConfig")),
+    ],
     "complete checkpoints": [
         (f"{TRAINER}._save_checkpoint", Parameters(("self",))),
         (
@@ -250,6 +274,57 @@ CONTRACT = {
         (f"{REPLAY_BUFFER}.__init__", Mentions(STATES)),
         (f"{REPLAY_BUFFER}._sync_metadata_from_transfer_queue", Mentions((*STATES, "kv_list", "is_prompt", "status"))),
         (f"{AGENT_LOOP}._agent_loop_postprocess", Mentions(("_compute_score", "async_kv_batch_put"))),
+    ],
+    "estimator v05": [
+        (f"{ALGOS}:register_adv_est", Called(1)),
+        (f"{ALGOS}:ADV_ESTIMATOR_REGISTRY", Holds(("v05",))),
+    ],
+    "priors": [
+        (f"{TRAINER}._init_dataloader", Parameters(("self",))),
+        (f"{TRAINER}._init_dataloader", Mentions(("train_dataset",))),
+        (f"{TRAINER}._submit_batch_to_rollout", Parameters(("self", "batch"))),
+        (f"{TRAINER}._add_prompts_to_generate", Mentions(("_submit_batch_to_rollout",))),
+        (f"{TRAINER}._add_batch_to_generate", Mentions(("_submit_batch_to_rollout",))),
+        (f"{TRAINER}._compute_advantage", Parameters(STEP)),
+        (f"{TRAINER}._load_checkpoint", Mentions(("resume_mode", "resume_from_path", "global_steps"))),
+        (f"{TRAINER}._save_checkpoint", Mentions(("default_local_dir", "global_step_"))),
+        # columns of a prompt are fields of its answers
+        (f"{AGENT_LOOP}._run_prompt", Mentions(("prompt", "_run_agent_loop"))),
+        (f"{AGENT_LOOP}._agent_loop_postprocess", Mentions(("kwargs", "as_dict", "update"))),
+        ("verl.utils.dataset.rl_dataset:RLHFDataset.__getitem__", Mentions(("dataframe", "extra_info", "raw_prompt"))),
+        ("verl.utils.import_utils:load_extern_object", Called(2)),
+    ],
+    "rollouts on demand": [
+        (
+            "verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.init_agent_loop_manager",
+            Mentions(("create", "agent")),
+        ),
+        ("verl.workers.config:AgentLoopConfig", Called(0, ("agent_loop_manager_class",))),
+        ("verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ", Derives(f"{BUDGET}:BudgetedAgentLoopManager")),
+        (AGENT_LOOP + ".__ray_actor_class__", Derives(f"{BUDGET}:BudgetedAgentLoopWorker")),
+        (
+            "verl.experimental.agent_loop:AgentLoopManager._init_agent_loop_workers",
+            Mentions(("agent_loop_workers_class", "remote")),
+        ),
+        (
+            f"{AGENT_LOOP}._run_prompt",
+            Mentions(
+                ("__rollout_n__", "_run_agent_loop", "session_id", "_settle_session_tasks", "validate", "failure")
+            ),
+        ),
+        (f"{AGENT_LOOP}._agent_loop_postprocess", Mentions(("reward_score", "uid", "session_id"))),
+        (
+            "verl.experimental.agent_loop:AgentLoopWorker._run_agent_loop",
+            Mentions(("_agent_loop_postprocess", "validate")),
+        ),
+        (f"{TRAINER}.fit", Called(2)),
+        (f"{TRAINER}._balance_batch", Mentions(("_get_required_batch_multiple",))),
+        (f"{TRAINER}._get_required_batch_multiple", Parameters(("self", "dp_size"))),
+        (f"{TRAINER}._get_required_batch_multiple", Mentions(("ppo_mini_batch_size", "rollout", "n"))),
+        (f"{TRAINER}._update_actor", Mentions(("ppo_mini_batch_size", "rollout", "n", "mini_batch_size"))),
+        (f"{TRAINER}._step_once", Mentions(("_balance_batch", "_update_actor"))),
+        ("verl.workers.engine.utils:prepare_micro_batches", Mentions(("micro_batch_size_per_gpu", "use_dynamic_bsz"))),
+        ("transfer_queue:async_kv_put", Called(0, ("key", "partition_id", "tag"))),
     ],
     "reward noise": [
         (f"{TRAINER}._compute_advantage", Parameters(STEP)),

@@ -4,6 +4,8 @@ Only what needs Ray or vLLM is replaced: the TransferQueue by a dictionary, the 
 by samples that are given.
 """
 
+import copy
+
 import torch
 from engine_samples import Sample, nested
 from test_validation import GRPO, compose, validate
@@ -32,10 +34,11 @@ class InMemoryQueue:
     def put(self, keys, partition_id, fields, tags=None):
         from transfer_queue import KVBatchMeta
 
+        self.tags.update(zip(keys, tags or self.tags_of(keys), strict=True))
         for name in fields.keys():
-            rows = fields[name].unbind()
+            rows = fields[name].unbind() if isinstance(fields[name], torch.Tensor) else fields[name]
             for key, row in zip(keys, rows, strict=True):
-                self.rows[key][name] = row.clone()
+                self.rows.setdefault(key, {})[name] = row.clone() if isinstance(row, torch.Tensor) else row
         return KVBatchMeta(keys, self.tags_of(keys), partition_id, extra_info=dict(self.extra_info))
 
     def start(self, samples: list[Sample]):
@@ -46,7 +49,7 @@ class InMemoryQueue:
         for sample in samples:
             session = sessions[sample.uid] = sessions.get(sample.uid, -1) + 1
             keys.append(f"{sample.uid}_{session}_0")
-        self.tags = dict(zip(keys, [{"is_padding": s.is_padding} for s in samples], strict=True))
+        self.tags = dict(zip(keys, map(_tag_of, samples), strict=True))
         self.rows = dict(zip(keys, map(_row_of, samples), strict=True))
         self.extra_info = {}
         batch = KVBatchMeta(keys, self.tags_of(keys), PARTITION, extra_info={"global_token_num": None})
@@ -55,6 +58,10 @@ class InMemoryQueue:
 
     def tags_of(self, keys):
         return [dict(self.tags[key]) for key in keys]
+
+
+def _tag_of(sample: Sample) -> dict:
+    return {"is_padding": sample.is_padding, "seq_len": len(sample.prompt) + len(sample.response)}
 
 
 def _row_of(sample: Sample) -> dict:
@@ -140,6 +147,7 @@ def make_trainer(config, monkeypatch, stock=None):
     """
     import transfer_queue
     import verl.workers.engine_workers as engine_workers
+    from verl.trainer.ppo.utils import need_reference_policy
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
     from verl_patches.family_trainer import trainer_class
@@ -150,8 +158,10 @@ def make_trainer(config, monkeypatch, stock=None):
     monkeypatch.setattr(transfer_queue, "kv_batch_put", queue.put)
     monkeypatch.setattr(engine_workers, "get_rollout_class", lambda name, mode: lambda **_: None)
     trainer_type = trainer_class(stock or TRAINER_REGISTRY[config.trainer.v1.trainer_mode], config)
-    worker_type = trainer_type.worker_in_place_of(verls_worker(config.trainer.v1.trainer_mode))
-    worker = worker_type(config=config.actor_rollout_ref, role="actor_rollout_ref")
+    verls = verls_worker(config.trainer.v1.trainer_mode)
+    worker_type = trainer_type.worker_in_place_of(verls) or verls
+    role = "actor_rollout_ref" if need_reference_policy(config) else "actor_rollout"
+    worker = worker_type(config=copy.deepcopy(config.actor_rollout_ref), role=role)  # it takes keys out
     worker.init_model()
     trainer = object.__new__(trainer_type)  # its __init__ makes a replay buffer
     trainer.config, trainer.knobs, trainer.global_steps = config, knobs_of(config)[0], 1

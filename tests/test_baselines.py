@@ -38,8 +38,8 @@ rewards_and_groups = st.lists(
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def test_the_knob_takes_what_needs_only_the_batch():
-    assert tuple(baselines.OF_A_BATCH) == BASELINES
+def test_the_knob_takes_what_needs_only_the_batch_or_a_prior():
+    assert (*baselines.OF_A_BATCH, *baselines.WITH_PRIOR) == BASELINES
     assert set(baselines.TABLE) == {
         "group_mean", "leave_one_out", "capped", "soft", "shrunk", "fused", "posterior_mean"
     }  # fmt: skip
@@ -337,10 +337,36 @@ def test_targets_are_rewards_above_the_baseline_and_placeholders_count_nowhere(n
     for position, prompt in zip((~is_padding).nonzero().flatten().tolist(), group, strict=True):
         names[position] = prompt
     zeros = torch.zeros(9, 3, dtype=torch.float64)
+    prior, weight = torch.full((9,), 0.9, dtype=torch.float64), torch.full((9,), 3.0, dtype=torch.float64)
     batch = compute_batch(
         old_log_prob=zeros, ref_log_prob=zeros, token_kl=zeros, response_mask=torch.ones(9, 3), outcome=padded,
         group=names, config=replace(VimpoConfig(), baseline=name, baseline_cap=cap), lam=1.0, is_padding=is_padding,
+        prior=prior, prior_weight=weight,
     )  # fmt: skip
-    target = outcome - baselines.OF_A_BATCH[name](outcome, group, cap=cap)
+    if name == "fused":
+        v0 = baselines.fused_baseline(outcome, group, prior[:7])
+    elif name == "posterior_mean":
+        v0 = baselines.posterior_mean_baseline(outcome, group, weight[:7] * 0.9, weight[:7] * 0.1)
+    else:
+        v0 = baselines.OF_A_BATCH[name](outcome, group)
+    target = outcome - (v0 if cap is None else v0.clamp(max=cap))
     torch.testing.assert_close(batch.returns[~is_padding], target.unsqueeze(-1).expand(-1, 3), rtol=0, atol=1e-12)
     assert (batch.returns[is_padding] == 0).all()
+
+
+@pytest.mark.parametrize("name", baselines.WITH_PRIOR)
+def test_a_baseline_with_a_prior_is_refused_without_one(name):
+    with pytest.raises(ValueError, match=f"the baseline {name} needs a prior"):
+        baselines.baseline_of(name, doubles([1, 0]), ["a", "a"])
+
+
+def test_the_budgets_bounds_and_cost_are_the_papers_or_given():
+    """c = 1 / maximum^2 in rewards of -1 and +1: with k(k + 1) < maximum^2 / (what the prior is wrong by), one more."""
+    far, prior = doubles([1.0]), doubles([0.0])
+    for least, most in ((4, 16), (2, 8), (8, 8)):
+        wanted = [
+            baselines.wants_another_rollout(far, prior, k, minimum=least, maximum=most).item() for k in range(1, 17)
+        ]
+        assert wanted == [k < most for k in range(1, 17)], "a prior that is as wrong as can be takes them all"
+    assert not baselines.wants_another_rollout(far, prior, 8, cost=0.01).item()
+    assert baselines.wants_another_rollout(far, prior, 8, cost=0.001).item()

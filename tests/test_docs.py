@@ -15,6 +15,7 @@ import torch
 import yaml
 from test_validation import compose, validate
 
+from verl_patches.family import FAMILY
 from vimpo_verl.batch import compute_batch
 from vimpo_verl.config import PAPER_RECIPE, VimpoConfig, parse_config
 
@@ -24,14 +25,17 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 CONFIGURATION = (ROOT / "docs/configuration.md").read_text()
 
 
-def knob_table() -> dict[str, str]:
+def knob_table(estimator: str) -> dict[str, str]:
     """Name -> default, as the table under the heading says."""
-    section = CONFIGURATION.split("| knob under `algorithm.vimpo`")[1].split("\n\n")[0]
+    section = CONFIGURATION.split(f"| knob under `algorithm.{estimator}`")[1].split("\n\n")[0]
     return dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", section, flags=re.MULTILINE))
 
 
-def test_configuration_table_has_every_knob_with_its_default():
-    assert knob_table() == {field.name: str(field.default) for field in fields(VimpoConfig)}
+@pytest.mark.parametrize("estimator", FAMILY)
+def test_configuration_table_has_every_knob_with_its_default(estimator):
+    defaults, problems = FAMILY[estimator].parse_config(None)
+    assert not problems
+    assert knob_table(estimator) == {field.name: str(field.default) for field in fields(defaults)}
 
 
 def test_papers_recipe_is_written_as_the_code_has_it():
@@ -56,8 +60,20 @@ def test_every_metric_is_explained():
         lam=1.0,
     )
     of_the_trainer = {"vimpo/value_loss", "vimpo/actor_loss", "vimpo/missing_responses", "vimpo/update_skipped"}
-    documented = set(re.findall(r"^\| `(vimpo/\w+)`", (ROOT / "docs/metrics.md").read_text(), flags=re.MULTILINE))
-    assert documented == {*batch.metrics, *of_the_trainer}
+    assert documented_metrics("vimpo") == {*batch.metrics, *of_the_trainer}
+
+
+def documented_metrics(estimator: str) -> set[str]:
+    page = (ROOT / "docs/metrics.md").read_text()
+    return set(re.findall(rf"^\| `({estimator}/\w+)`", page, flags=re.MULTILINE))
+
+
+def test_every_metric_of_pacs_is_explained():
+    """tests/test_pacs_run.py sees them in a run."""
+    worker = (ROOT / "verl_patches/pacs_worker.py").read_text()
+    of_the_worker = set(re.findall(r'"(pacs/\w+)"', worker))
+    assert len(of_the_worker) == 3
+    assert documented_metrics("pacs") == {*of_the_worker, "pacs/missing_responses"}
 
 
 def blocks(text: str) -> list[str]:

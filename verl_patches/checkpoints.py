@@ -32,13 +32,15 @@ from typing import Any
 
 from vimpo_verl.beta import STATE
 from vimpo_verl.checkpoint import remove_derived
+from vimpo_verl.prior import STATE as PRIOR_STATE
 
 RECORD = "vimpo_checkpoint.json"  # {"files": {relative path: bytes}}
 MARK = "vimpo_checkpoint.unfinished"
 TRACKER = "latest_checkpointed_iteration.txt"
-# What PPOTrainer._load_checkpoint and FSDPCheckpointManager.load_checkpoint read, LoRA included, and VIMPO's own file.
+# What PPOTrainer._load_checkpoint and FSDPCheckpointManager.load_checkpoint read, LoRA included, and this package's own files.
 NEEDED = re.compile(
-    rf"actor/(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt|data\.pt|transfer_queue/.+|{re.escape(STATE)}"
+    r"actor/(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt|data\.pt|transfer_queue/.+|"
+    rf"{re.escape(STATE)}|{re.escape(PRIOR_STATE)}"
 )
 # How file systems say that they do not synchronise folders; any other error, such as EIO, is one.
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}

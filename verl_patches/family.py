@@ -62,6 +62,21 @@ FAMILY = {
             keeps_policy_loss=True,
             needs_reference=True,
         ),
+        Member(
+            name="pacs",
+            title="PACS",
+            config="vimpo_verl.pacs_config:parse_config",
+            recipe="verl_patches.pacs_checks",
+            trainer="verl_patches.pacs_trainer:PacsTrainer",
+            policy_loss="verl_patches.policy_loss_config:PacsPolicyLossConfig",
+        ),
+        Member(
+            name="v05",
+            title="V0.5",
+            config="vimpo_verl.v05_config:parse_config",
+            recipe="verl_patches.v05_recipe",
+            trainer="verl_patches.v05:V05Trainer",
+        ),
     )
 }
 

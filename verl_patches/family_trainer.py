@@ -26,6 +26,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from verl_patches.checkpoints import CheckpointedTrainer
 from verl_patches.family import FAMILY, Member
+from verl_patches.group_parts import group_parts, with_group_parts
 from verl_patches.loss_aggregation import mini_batch_size
 from verl_patches.reward_noise import with_reward_noise
 from verl_patches.switch import knobs_of, member_of
@@ -57,8 +58,8 @@ def trainer_class(trainer: type, config: Any) -> type:
         config: verl's configuration.
 
     Returns:
-        `trainer` itself, unless an estimator of this package or reward noise is asked for; else a subclass of it with the
-        estimator's part, the noise, or both in front.
+        `trainer` itself, unless an estimator of this package, rollouts on demand or reward noise is asked for; else a
+        subclass of it with the parts of what is asked for in front.
 
     Raises:
         TypeError: the estimator takes the place of a method that `trainer` has changed.
@@ -68,9 +69,9 @@ def trainer_class(trainer: type, config: Any) -> type:
     if member and not issubclass(trainer, FamilyTrainer):
         part = member.trainer_part()
         part.require_fitting(trainer)
-        parts = (WatchedTrainer, CheckpointedTrainer, part, trainer)
+        parts = (WatchedTrainer, CheckpointedTrainer, *group_parts(config), part, trainer)
         trainer = type(f"{member.name.capitalize()}{trainer.__name__}", parts, {})
-    return with_reward_noise(trainer, config)
+    return with_reward_noise(with_group_parts(trainer, config), config)
 
 
 class FamilyTrainer:
@@ -134,7 +135,11 @@ class FamilyTrainer:
                 f"step {self.global_steps}: {missing} of {asked} responses are missing: their generation or reward raised "
                 "('Error in _run_prompt' in the log). Training goes on with the others"
             )
-        return super()._balance_batch(batch, metrics, *args, **kwargs)
+        return super()._balance_batch(self.filled_up(batch), metrics, *args, **kwargs)
+
+    def filled_up(self, batch: KVBatchMeta) -> KVBatchMeta:
+        """The batch, with placeholder samples where the estimator wants more of them than verl adds by itself."""
+        return batch
 
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
         """As verl's; remembers how many responses a prompt is to have where the data set says so."""
@@ -244,3 +249,17 @@ def session_ends(keys: list[str]) -> list[int]:
         session, output = key.rsplit("_", 1)
         last[session] = max(last.get(session, (-1, row)), (int(output), row))
     return [last[key.rsplit("_", 1)[0]][1] for key in keys]
+
+
+def require_one_output_a_session(keys: list[str]) -> None:
+    """For an estimator that needs one output a session.
+
+    Raises:
+        NotImplementedError: a session has several.
+    """
+    sessions = len(set(session_ends(keys)))
+    if sessions != len(keys):
+        raise NotImplementedError(
+            f"{len(keys)} outputs for {sessions} sessions. An agent loop that returns several outputs for one session is not "
+            "supported; return one, with tool output masked"
+        )

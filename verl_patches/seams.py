@@ -33,7 +33,7 @@ class Seam:
     install: str
     touches: str
     how: str
-    until: str
+    until: str = ""
     upstream: str = ""
 
 
@@ -42,6 +42,14 @@ SEAMS = (
         name="estimator and policy loss",
         module="verl.trainer.ppo.core_algos",
         install="vimpo_verl.registrations:register",
+        touches="register_adv_est, register_policy_loss",
+        how="registration",
+        until="never: it is verl's own way to add an estimator and a policy loss",
+    ),
+    Seam(
+        name="PACS: estimator and policy loss",
+        module="verl.trainer.ppo.core_algos",
+        install="vimpo_verl.pacs_registrations:register",
         touches="register_adv_est, register_policy_loss",
         how="registration",
         until="never: it is verl's own way to add an estimator and a policy loss",
@@ -95,6 +103,30 @@ SEAMS = (
         touches="PPOTrainer.init, fit and the stages of a step",
         how="subclass",
         until="verl bounds how long a stage may stand still",
+    ),
+    Seam(
+        name="estimator v05",
+        module="verl.trainer.ppo.core_algos",
+        install="vimpo_verl.v05:register",
+        touches="register_adv_est",
+        how="registration",
+        until="never: it is verl's own way to add an estimator",
+    ),
+    Seam(
+        name="priors",
+        module="verl.trainer.ppo.v1",
+        install="verl_patches.prior_state:install",
+        touches="PPOTrainer._init_dataloader, _submit_batch_to_rollout, _compute_advantage and the checkpoint",
+        how="subclass",
+        until="verl keeps a table by prompt that an estimator can read and a checkpoint has",
+    ),
+    Seam(
+        name="rollouts on demand",
+        module="verl.trainer.ppo.v1",
+        install="verl_patches.rollout_budget:install",
+        touches="AgentLoopWorkerTQ._run_prompt and its agent loops, PPOTrainer's batch sizes",
+        how="subclass",
+        until="verl's agent loop lets a prompt ask for more responses after it has seen some",
     ),
     Seam(
         name="reward noise",

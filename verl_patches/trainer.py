@@ -94,6 +94,7 @@ class VimpoTrainer(FamilyTrainer):
             actor_loss_weight=aggregation_weight(self.config, padded["response_mask"]),
             response_mask=padded["response_mask"],
             session_end=torch.tensor(session_ends(batch.keys)),
+            prior=getattr(self, "batch_prior", None),  # of PriorTrainer, where a prior is asked for
         )
         with joint_pass_output(output):
             batch = super()._compute_advantage(batch, metrics)

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-from verl_patches import engine_checks, recipe_checks, seams
+from verl_patches import engine_checks, group_checks, recipe_checks, seams
 from verl_patches.family import Member
 from verl_patches.functions import wrap
 from verl_patches.switch import knobs_of, member_of, noise_of
 from vimpo_verl import __version__
+from vimpo_verl.prior import SECTION as PRIOR_SECTION
 from vimpo_verl.reward_noise import SECTION as NOISE_SECTION
+from vimpo_verl.rollout_budget import SECTION as BUDGET_SECTION
 
 logger = logging.getLogger("vimpo_verl")
 
@@ -30,8 +32,11 @@ def install(config_module: ModuleType) -> None:
 def _validate_config(verls: Callable, config: Any, *args, **kwargs) -> None:
     if member_of(config) is None:
         print(f"vimpo_verl {__version__}: loaded, inert (algorithm.adv_estimator={config.algorithm.adv_estimator})")
-        _refuse(f"{NOISE_SECTION} cannot run with this configuration", _noise_problems(config))
+        sections = f"{NOISE_SECTION}, {BUDGET_SECTION} or {PRIOR_SECTION}"
+        found = _noise_problems(config) + _group_problems(config)
+        _refuse(f"{sections} cannot run with this configuration", list(dict.fromkeys(found)))
         _announce_noise(config)
+        group_checks.carry_to_workers(config)
     else:
         prepare(config)
     return verls(config, *args, **kwargs)
@@ -52,13 +57,15 @@ def prepare(config: Any) -> Any:
     member = member_of(config)
     recipe = member.recipe_checks()
     knobs, knob_problems = knobs_of(config)
-    found = knob_problems + recipe.problems(config) + _seams_not_in_force(seams.SEAMS) + _noise_problems(config)
+    found = knob_problems + recipe.problems(config) + _seams_not_in_force(_everyones()) + _noise_problems(config)
+    found += _group_problems(config)
     _refuse(f"algorithm.adv_estimator={member.name} cannot run with this configuration", list(dict.fromkeys(found)))
     for warning in recipe.warnings(config, knobs) + _version_warning():
         logger.warning("vimpo_verl: %s", warning)
     if hasattr(recipe, "adjust"):
         recipe.adjust(config)
     _carry_to_workers(config, member, knobs)
+    group_checks.carry_to_workers(config)
     print(
         f"vimpo_verl {__version__}: {member.title} accepted with this configuration: {knobs}, lam={config.algorithm.lam}"
     )
@@ -76,8 +83,18 @@ def _noise_problems(config: Any) -> list[str]:
     """What stands in the way of the reward noise that `config` asks for; nothing where it asks for none."""
     if config.algorithm.get("reward_noise") is None:
         return []
-    needed = [seam for seam in seams.SEAMS if seam.module == "verl.trainer.ppo.v1"]
+    needed = [seam for seam in _everyones() if seam.module == "verl.trainer.ppo.v1"]
     return noise_of(config)[1] + recipe_checks.noise_problems(config) + _seams_not_in_force(needed)
+
+
+def _group_problems(config: Any) -> list[str]:
+    """What stands in the way of the rollouts on demand and the priors that `config` asks for."""
+    return group_checks.problems(config) + _seams_not_in_force(group_checks.needed_seams(config))
+
+
+def _everyones() -> list[seams.Seam]:
+    """The seams that every estimator of this package needs."""
+    return [seam for seam in seams.SEAMS if seam.name not in group_checks.SEAMS]
 
 
 def _announce_noise(config: Any) -> None:

@@ -12,7 +12,8 @@ dtype that sums are taken in, detached. K is the number of sequences of a group,
     posterior_mean   ( a + sum R ) / ( a + b + K )                         ours; Beta(a, b) from the prompt's own past
 
 `group_mean` and `leave_one_out` are written in `functional`, with the rest of VIMPO. What `algorithm.vimpo.baseline` takes
-is OF_A_BATCH: what needs nothing but the rewards, and is sound beside VIMPO's value loss (docs/algorithms.md).
+is OF_A_BATCH, what needs nothing but the rewards, and WITH_PRIOR, for which the trainer keeps a prior; both are sound beside
+VIMPO's value loss (docs/algorithms.md).
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -147,7 +148,15 @@ def fused_baseline(outcome: Tensor, group: Sequence[Hashable], prior: Tensor) ->
     return weight * mean + (1 - weight) * prior
 
 
-def wants_another_rollout(mean: Tensor, prior: Tensor, rollouts: Tensor | int, *, cost: float | None = None) -> Tensor:
+def wants_another_rollout(
+    mean: Tensor,
+    prior: Tensor,
+    rollouts: Tensor | int,
+    *,
+    cost: float | None = None,
+    minimum: int = MIN_ROLLOUTS,
+    maximum: int = MAX_ROLLOUTS,
+) -> Tensor:
     """V0.5's budget rule (arXiv 2603.10848): whether one rollout more gains more than it costs, from 4 up to 16.
 
     With D as in `fused_baseline` and the error e(k) = D / ( 1 + 4 k D ) of the fused baseline of k rollouts: e(k) - e(k + 1)
@@ -157,10 +166,11 @@ def wants_another_rollout(mean: Tensor, prior: Tensor, rollouts: Tensor | int, *
         mean: mean reward so far of each prompt, from 0 to 1.
         prior: of the same shape, from 0 to 1.
         rollouts: k so far, a number or of the same shape, at least 1.
-        cost: c in squared units of reward; None is the paper's, 1/16^2 for rewards of -1 and +1, here a quarter of it.
+        cost: c in squared units of reward; None is the paper's, 1/maximum^2 for rewards of -1 and +1, here a quarter of it.
+        minimum, maximum: the least and the most rollouts of a prompt.
 
     Returns:
-        Bools of the shape of mean. Always true below 4 rollouts, never from 16 on.
+        Bools of the shape of mean. Always true below `minimum` rollouts, never from `maximum` on.
 
     Raises:
         ValueError: mean or prior leave 0..1, shapes differ, or a count is below 1.
@@ -170,10 +180,10 @@ def wants_another_rollout(mean: Tensor, prior: Tensor, rollouts: Tensor | int, *
     k = torch.as_tensor(rollouts, device=mean.device).expand(mean.shape)
     if (k < 1).any():
         raise ValueError(f"rollouts must be 1 or more, got {k.min().item()}")
-    cost = 1 / (4 * MAX_ROLLOUTS**2) if cost is None else cost
+    cost = 1 / (4 * maximum**2) if cost is None else cost
     wrong = _prior_error(mean, prior, k)
     gain = wrong / (1 + 4 * k * wrong) - wrong / (1 + 4 * (k + 1) * wrong)
-    return (k < MIN_ROLLOUTS) | ((k < MAX_ROLLOUTS) & (gain > cost))
+    return (k < minimum) | ((k < maximum) & (gain > cost))
 
 
 def posterior_mean_baseline(outcome: Tensor, group: Sequence[Hashable], a: Tensor, b: Tensor) -> Tensor:
@@ -253,8 +263,41 @@ TABLE = {
     "posterior_mean": Baseline(posterior_mean_baseline, ("a", "b"), "this package"),
 }
 
-# Name -> function of (outcome, group, *, cap=None): the choices of algorithm.vimpo.baseline.
+# Name -> function of (outcome, group, *, cap=None): the choices of algorithm.vimpo.baseline that need only the batch.
 OF_A_BATCH = {name: row.function for name, row in TABLE.items() if not row.needs}
+WITH_PRIOR = ("fused", "posterior_mean")  # the others
+
+
+def baseline_of(
+    name: str,
+    outcome: Tensor,
+    group: Sequence[Hashable],
+    *,
+    cap: float | None = None,
+    prior: Tensor | None = None,
+    prior_weight: Tensor | None = None,
+) -> Tensor:
+    """V0 by one of the names that `algorithm.vimpo.baseline` takes, at most `cap`.
+
+    Args:
+        name: of OF_A_BATCH or WITH_PRIOR.
+        outcome, group: as for `capped_baseline`.
+        cap: upper bound of the baseline, or None.
+        prior: [B], from 0 to 1, for a name of WITH_PRIOR.
+        prior_weight: [B], past answers that each prior counts for, not negative: a + b of `posterior_mean`.
+
+    Raises:
+        ValueError: as for the function of that name, or it needs a prior and there is none.
+    """
+    if name in OF_A_BATCH:
+        return OF_A_BATCH[name](outcome, group, cap=cap)
+    if prior is None or prior_weight is None:
+        raise ValueError(f"the baseline {name} needs a prior for each sequence, with its weight")
+    if name == "fused":
+        found = fused_baseline(outcome, group, prior)
+    else:
+        found = posterior_mean_baseline(outcome, group, prior_weight * prior, prior_weight * (1 - prior))
+    return found if cap is None else found.clamp(max=cap)
 
 
 # ---- small helpers ---------------------------------------------------------------------------------------------------

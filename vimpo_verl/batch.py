@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vimpo_verl import functional as F
-from vimpo_verl.baselines import OF_A_BATCH
+from vimpo_verl.baselines import baseline_of
 from vimpo_verl.beta import Beta, auto_beta, beta_fit
 from vimpo_verl.config import VimpoConfig
 
@@ -41,6 +41,8 @@ def compute_batch(
     is_padding: Tensor | None = None,
     actor_loss_weight: float = 1.0,
     session_end: Tensor | None = None,
+    prior: Tensor | None = None,
+    prior_weight: Tensor | None = None,
 ) -> VimpoBatch:
     """The driver's half of VIMPO for one batch.
 
@@ -57,6 +59,8 @@ def compute_batch(
             for a mean over tokens. actor_coeff "auto" allows for it.
         session_end: [B] of row numbers: where a session has several sequences, the one that ended it. Its reward is that of
             all of them, and it alone counts in its group. None: every sequence is a session of its own.
+        prior, prior_weight: [B], for a baseline that needs them (baselines.WITH_PRIOR): each prompt's prior, from 0 to 1, and
+            the past answers that it counts for.
 
     Returns:
         VimpoBatch, in float32 (float64 for float64 inputs), on the inputs' device.
@@ -79,7 +83,7 @@ def compute_batch(
     beta = _beta(config, mask, outcome, group, real)
     config = replace(config, beta=beta.value)
     td = F.td_residual(old_log_prob, ref_log_prob, token_kl, mask, config.beta)
-    baseline = _baseline(outcome, group, real & (end == rows), config)[end]
+    baseline = _baseline(outcome, group, real & (end == rows), config, prior, prior_weight)[end]
     target = torch.where(real, outcome.to(td.dtype) - baseline, 0.0).to(td.dtype)
     raw = F.implied_advantages(td, mask, lam)
     summary = _Summary(td, target, outcome, mask, group, real)
@@ -101,10 +105,19 @@ def _beta(config: VimpoConfig, mask: Tensor, outcome: Tensor, group: Sequence[Ha
     return auto_beta(mask[real].sum(-1).tolist(), outcome[real].tolist(), groups, config.beta_scale)
 
 
-def _baseline(outcome: Tensor, group: Sequence[Hashable], real: Tensor, config: VimpoConfig) -> Tensor:
+def _baseline(
+    outcome: Tensor,
+    group: Sequence[Hashable],
+    real: Tensor,
+    config: VimpoConfig,
+    prior: Tensor | None,
+    prior_weight: Tensor | None,
+) -> Tensor:
     """V0 of the real sequences; 0 on placeholders, which belong to no group and no batch mean."""
     names = [name for is_real, name in zip(real.tolist(), group, strict=True) if is_real]
-    of_real = OF_A_BATCH[config.baseline](outcome[real], names, cap=config.baseline_cap)
+    given = {"prior": prior, "prior_weight": prior_weight}
+    of_each = {name: tensor[real] for name, tensor in given.items() if tensor is not None}
+    of_real = baseline_of(config.baseline, outcome[real], names, cap=config.baseline_cap, **of_each)
     return of_real.new_zeros(outcome.shape).masked_scatter(real, of_real)
 
 

@@ -18,7 +18,7 @@ SECTION = "algorithm.vimpo"
 KL_ESTIMATORS = ("exact", "k2", "k3")
 VALUE_LOSS_TYPES = ("squared_error", "huber")
 KAPPA_POLICIES = ("old", "current")
-BASELINES = ("group_mean", "leave_one_out", "shrunk")
+BASELINES = ("group_mean", "leave_one_out", "shrunk", "fused", "posterior_mean")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class VimpoConfig(Timeouts):
         use_actor: False trains with the value loss alone.
         value_loss_type: "squared_error" (the paper's) or "huber".
         huber_delta: where huber turns linear, in units of reward; > 0.
-        baseline: V0: "group_mean" (the paper's), "leave_one_out" or "shrunk", to the mean of the batch's other prompts.
+        baseline: V0: "group_mean" (the paper's), "leave_one_out", "shrunk", to the mean of the batch's other prompts, or, of
+            the rewards and a prior of the prompt (algorithm.prior), "fused" or "posterior_mean".
         baseline_cap: upper bound of V0, or None.
         stage_timeout, validation_timeout, startup_timeout: see Timeouts.
     """

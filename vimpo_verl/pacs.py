@@ -37,10 +37,8 @@ import torch
 from torch import Tensor
 
 from vimpo_verl import functional as F
+from vimpo_verl.pacs_config import CLASS_WEIGHTS, REWARD_METHODS, SCORES
 
-SCORES = ("rloo", "group_normalised", "dr_grpo", "plain")
-CLASS_WEIGHTS = ("question", "only_positive", "only_negative", "off")
-REWARD_METHODS = ("log_ratio", "mean_log_prob")
 STD_EPS = 1e-6  # added to the standard deviation of "group_normalised", as the authors do
 
 

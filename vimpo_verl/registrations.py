@@ -35,6 +35,7 @@ class JointPassOutput:
         response_mask: [B, T], of whole responses, where the one that the estimator is handed lacks tokens that verl has
             rejected from the policy loss. None: they are the same.
         session_end: [B], the row that ended the session of each; None: there is one response a session.
+        prior: mean and weight, [B] each, for a baseline that needs a prior.
         result: filled by the estimator.
     """
 
@@ -47,6 +48,7 @@ class JointPassOutput:
     actor_loss_weight: float = 1.0
     response_mask: Tensor | None = None
     session_end: Tensor | None = None
+    prior: tuple[Tensor, Tensor] | None = None
     result: VimpoBatch | None = None
 
 
@@ -129,6 +131,8 @@ def vimpo_advantage(
         is_padding=output.is_padding,
         actor_loss_weight=output.actor_loss_weight,
         session_end=output.session_end,
+        prior=output.prior[0] if output.prior else None,
+        prior_weight=output.prior[1] if output.prior else None,
     )
     return output.result.advantages, output.result.returns
 

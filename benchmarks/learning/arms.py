@@ -8,6 +8,7 @@ from collections.abc import Callable
 from one_file import Rollout, grpo_loss, ppo_loss, vimpo_loss
 from torch import Tensor
 
+from benchmarks.learning import family
 from benchmarks.learning.settings import Setting
 from vimpo_verl import functional as F
 from vimpo_verl.batch import outcome_correlation
@@ -79,4 +80,5 @@ ARMS: dict[str, Callable[..., Tensor]] = {
     "vimpo_paper": vimpo_paper,
     "vimpo": vimpo,
     "oracle": oracle,
+    **family.ARMS,
 }

@@ -3,6 +3,7 @@
 #
 #   ALGO=grpo examples/tiny/run_tiny.sh
 #   ALGO=vimpo examples/tiny/run_tiny.sh algorithm.lam=0.95 +algorithm.vimpo.beta=1e-3
+#   ALGO=pacs examples/tiny/run_tiny.sh +algorithm.pacs.class_weight=off
 #
 #   RUN=examples/tiny/run_tiny.sh GPUS=1 sbatch --nodes=2 --gpus-per-node=0 --cpus-per-task=16 examples/slurm/train.sbatch
 #
@@ -15,11 +16,12 @@
 set -euo pipefail
 
 #################### settings of the user, by environment variable ####################
-ALGO=${ALGO:-vimpo}                 # vimpo or grpo
+ALGO=${ALGO:-vimpo}                 # grpo, vimpo, pacs or v05
 STEPS=${STEPS:-30}                  # training steps
 SEED=${SEED:-1}                     # order of the prompts and sampling
 LR=${LR:-1e-3}
-PROMPTS=${PROMPTS:-32}              # prompts a step, one mini-batch: strictly on-policy
+PROMPTS=${PROMPTS:-32}              # prompts a step
+UPDATES=${UPDATES:-}                # mini-batches a step; empty: 1, strictly on-policy, or 2 for pacs, which is RLOO with one
 RESPONSES=${RESPONSES:-8}           # responses a prompt
 MICRO_BATCH=${MICRO_BATCH:-}        # sequences a rank takes at a time; empty: 64, or its share of the batch if less
 STRATEGY=${STRATEGY:-fsdp2}         # fsdp2 or fsdp
@@ -35,8 +37,9 @@ PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 ########################################################################################
 
 case $ALGO in
-    vimpo | grpo) ;;
-    *) echo "run_tiny.sh: ALGO must be vimpo or grpo, not '$ALGO'" >&2; exit 2 ;;
+    grpo | vimpo | v05) UPDATES=${UPDATES:-1} ;;
+    pacs) UPDATES=${UPDATES:-2} ;;
+    *) echo "run_tiny.sh: ALGO must be grpo, vimpo, pacs or v05, not '$ALGO'" >&2; exit 2 ;;
 esac
 if ! command -v "$PYTHON" >/dev/null; then
     echo "run_tiny.sh: no $PYTHON; run examples/setup_env.sh, or set PYTHON" >&2
@@ -68,7 +71,7 @@ else
     ENVIRONMENT+=(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0)   # despite the name: Ray stays on the loopback address
 fi
 
-share=$((PROMPTS * RESPONSES / (NNODES * RANKS)))
+share=$((PROMPTS * RESPONSES / (UPDATES * NNODES * RANKS)))
 MICRO_BATCH=${MICRO_BATCH:-$((share < 64 ? share : 64))}
 
 mkdir -p "$OUT" "$WORK"
@@ -112,7 +115,7 @@ ACTOR=(
     actor_rollout_ref.actor.optim.min_lr_ratio=1.0       # that is, constant after the warm-up; verl's own constant
     actor_rollout_ref.actor.optim.zero_indexed_step=False  # schedule would begin with a step at learning rate 0
     actor_rollout_ref.actor.optim.weight_decay=0.0
-    actor_rollout_ref.actor.ppo_mini_batch_size="$PROMPTS"
+    actor_rollout_ref.actor.ppo_mini_batch_size=$((PROMPTS / UPDATES))
     actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu="$MICRO_BATCH"
     actor_rollout_ref.actor.use_kl_loss=False
     actor_rollout_ref.actor.entropy_coeff=0

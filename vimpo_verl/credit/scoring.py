@@ -80,9 +80,13 @@ def credit_of(
 
 
 def baselines(rewards: Sequence[float], groups: Sequence[Hashable], config: VimpoConfig) -> list[float]:
-    """V0 of each answer, over all answers of the file, also those that are not shown."""
+    """V0 of each answer, over all answers of the file, also those that are not shown.
+
+    A baseline with a prior is the group mean here: the file does not have the priors of its step.
+    """
     outcome = torch.tensor(rewards, dtype=torch.float64)
-    return OF_A_BATCH[config.baseline](outcome, groups, cap=config.baseline_cap).tolist()
+    name = config.baseline if config.baseline in OF_A_BATCH else "group_mean"
+    return OF_A_BATCH[name](outcome, groups, cap=config.baseline_cap).tolist()
 
 
 def overall(groups: Sequence[Sequence[Credit]], masks: Sequence[Sequence[Sequence[int]]]) -> dict[str, float | None]:
