@@ -13,18 +13,18 @@ from in_process import make_config, make_trainer, run_trainer_step
 from test_off_policy import FORMULA, OVERRIDES, change, relative
 from test_validation import refusals, validate, vimpo
 
-SEPARATE = (
+IN_ONE_PROCESS = (
     "trainer.v1.trainer_mode=separate_async",
     "trainer.v1.separate_async.parameter_sync_step=2",
     "actor_rollout_ref.rollout.nnodes=1",
     "actor_rollout_ref.rollout.n_gpus_per_node=1",
-    "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl",
 )
+SEPARATE = (*IN_ONE_PROCESS, "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl")  # which wants CUDA
 
 
 def test_the_second_update_of_a_cycle(models, monkeypatch):
     batches = [make_samples(seed=seed, tool_tokens=False) for seed in (3, 4)]
-    config = make_config(models / "policy", *OVERRIDES, *SEPARATE, "data.train_batch_size=8")
+    config = make_config(models / "policy", *OVERRIDES, *IN_ONE_PROCESS, "data.train_batch_size=8")
     trainer, queue = make_trainer(config, monkeypatch)
     engine, parameters, metrics = trainer.actor_rollout_wg.worker.actor.engine, [], []
     for trigger, samples in enumerate(batches):
