@@ -22,7 +22,21 @@ IN_ONE_PROCESS = (
 SEPARATE = (*IN_ONE_PROCESS, "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl")  # which wants CUDA
 
 
-def test_the_second_update_of_a_cycle(models, monkeypatch):
+@pytest.fixture
+def kept_weights(monkeypatch):
+    """verl copies to the host by Tensor.cpu(), which on a CPU copies nothing: the weights kept would move with the model."""
+    import verl.utils.fsdp_utils as fsdp_utils
+
+    save = fsdp_utils.fsdp2_sharded_save_to_cpu
+
+    def copied(model):
+        state, spec = save(model)
+        return {name: (shard.clone(), of_shard) for name, (shard, of_shard) in state.items()}, spec
+
+    monkeypatch.setattr(fsdp_utils, "fsdp2_sharded_save_to_cpu", copied)
+
+
+def test_the_second_update_of_a_cycle(models, monkeypatch, kept_weights):
     batches = [make_samples(seed=seed, tool_tokens=False) for seed in (3, 4)]
     config = make_config(models / "policy", *OVERRIDES, *IN_ONE_PROCESS, "data.train_batch_size=8")
     trainer, queue = make_trainer(config, monkeypatch)

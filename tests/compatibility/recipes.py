@@ -49,7 +49,7 @@ KEPT = (
 NOT_KEPT = re.compile(
     r"actor_rollout_ref\.(rollout\.(?!n$|calculate_log_probs$)|model\.(enable|use_remove|custom|target|exclude)|nccl|hybrid)"
     r"|actor_rollout_ref\..*(optim|profiler|checkpoint|(?<!adapter_)path$|files$|override_|offload|bsz|micro_batch|token_len"
-    r"|trust_remote|torch_compile|infer_)|algorithm\.(kl_ctrl|pf_ppo)"
+    r"|trust_remote|torch_compile|infer_|turbo_config\.(?!distributed\.ulysses))|algorithm\.(kl_ctrl|pf_ppo)"
 )
 
 
