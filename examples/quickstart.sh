@@ -5,6 +5,8 @@
 #
 # Makes .venv, a tiny model and its task, trains the model with each algorithm, and ends with a table and a picture.
 #
+#   ALGOS='grpo vimpo pacs v05' bash examples/quickstart.sh    # with the neighbours, too
+#
 # The learning rate is the same for both, from a sweep over the same rates and seeds for both (examples/tiny/choose_lr.py,
 # 40 steps, accuracy at the end as the mean over three seeds):
 #
@@ -17,8 +19,9 @@
 set -euo pipefail
 
 #################### settings of the user, by environment variable ####################
+ALGOS=${ALGOS:-grpo vimpo}         # of grpo, vimpo, pacs and v05
 STEPS=${STEPS:-36}                 # training steps of each run
-LR=${LR:-1e-3}                     # learning rate of both
+LR=${LR:-1e-3}                     # learning rate of all
 SEED=${SEED:-1}
 OUT=${OUT:-outputs/quickstart}
 ########################################################################################
@@ -27,18 +30,23 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 started=$SECONDS
 stage() { printf '\n== %s  (%d s)\n' "$1" $((SECONDS - started)); }
 
-stage "1/5 environment"
+read -ra algos <<<"$ALGOS"
+count=$((${#algos[@]} + 3))
+
+stage "1/$count environment"
 bash examples/setup_env.sh
 
-stage "2/5 a tiny model, warmed up until it is right about a third of the time, and its task"
+stage "2/$count a tiny model, warmed up until it is right about a third of the time, and its task"
 bash examples/tiny/prepare.sh outputs/tiny
 
-stage "3/5 GRPO"
-ALGO=grpo OUT=$OUT/grpo STEPS=$STEPS SEED=$SEED LR=$LR bash examples/tiny/run_tiny.sh
+runs=()
+for i in "${!algos[@]}"; do
+    algo=${algos[$i]}
+    stage "$((i + 3))/$count algorithm.adv_estimator=$algo, the rest of the command the same"
+    ALGO=$algo OUT=$OUT/$algo STEPS=$STEPS SEED=$SEED LR=$LR bash examples/tiny/run_tiny.sh
+    runs+=("$algo=$OUT/$algo")
+done
 
-stage "4/5 VIMPO: the same command with algorithm.adv_estimator=vimpo"
-ALGO=vimpo OUT=$OUT/vimpo STEPS=$STEPS SEED=$SEED LR=$LR bash examples/tiny/run_tiny.sh
-
-stage "5/5 result"
-.venv/bin/python examples/tiny/report.py --runs grpo="$OUT/grpo" vimpo="$OUT/vimpo" --png "$OUT/curves.png"
+stage "$count/$count result"
+.venv/bin/python examples/tiny/report.py --runs "${runs[@]}" --png "$OUT/curves.png"
 printf 'Done in %d s.\n' $((SECONDS - started))

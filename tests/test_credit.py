@@ -341,6 +341,26 @@ def test_a_runs_folder_is_enough(folder, tmp_path):
     assert len(right["tokens"]["id"]) == 2 and len(wrong["tokens"]["id"]) == 3, "an answer of full length was cut off"
 
 
+@pytest.mark.parametrize("baseline", ["fused", "posterior_mean"])
+def test_a_baseline_whose_priors_are_not_in_the_file_is_the_groups_mean_and_says_so(folder, tmp_path, capsys, baseline):
+    run = make_run(folder, tmp_path / "run", algorithm={"vimpo": {"baseline": baseline}})
+    assert main(["credit", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert (
+        f"Note: V0 is the group's mean here: the answers do not have the priors of the run's baseline={baseline}"
+        in (capsys.readouterr().out)
+    )
+    data = json.loads((tmp_path / "out/credit.json").read_text())
+    assert [answer["baseline"] for answer in data["prompts"][0]["answers"]] == [0.5, 0.5]
+
+
+def test_what_verl_fills_a_batch_up_with_is_no_answer(tmp_path):
+    """With rollouts on demand nearly every dump has such rows."""
+    dumped = [{"input": "q", "output": "2", "score": 1.0, "uid": "0a38be07-0000-4000-8000-000000000000_0_0"}]
+    dumped += [{"input": "", "output": "", "score": 0.0, "uid": f"pad{'0a38be07' * 4}_{i}_0"} for i in range(2)]
+    answers, problems = read_answers(lines(tmp_path / "d.jsonl", dumped))
+    assert [answer.prompt for answer in answers] == ["q"] and problems == []
+
+
 SOURCES = {
     "the checkpoint's vimpo_state.json": (
         0.125,

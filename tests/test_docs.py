@@ -40,10 +40,12 @@ def test_configuration_table_has_every_knob_with_its_default(estimator):
 
 def test_papers_recipe_is_written_as_the_code_has_it():
     options = re.findall(
-        r"\+algorithm\.vimpo\.(\w+)=(\S+)", CONFIGURATION.split("## The paper's recipe")[1].split("##")[0]
+        r"\+algorithm\.vimpo\.(\w+)=([\w.-]+)", CONFIGURATION.split("## The paper's recipe")[1].split("##")[0]
     )
     given = {"true": True, "false": False}
-    config, problems = parse_config({name: given.get(value, value) for name, value in options})
+    *word, one, two, three = options
+    assert word == [("preset", "paper")]
+    config, problems = parse_config({name: given.get(value, value) for name, value in (one, two, three)})
     assert not problems
     assert config == VimpoConfig(**PAPER_RECIPE)
 

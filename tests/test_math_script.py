@@ -168,7 +168,7 @@ def test_runs_of_different_settings_have_different_folders(python_stub):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ALGO": "ppo"}, "ALGO must be vimpo or grpo, not 'ppo'"),
+        ({"ALGO": "ppo"}, "ALGO must be grpo, vimpo, pacs or v05, not 'ppo'"),
         ({"PRESET": "16gpu"}, "PRESET must be 1gpu, 8gpu, multinode or lora, not '16gpu'"),
         ({"PRESET": "1gpu", "RESPONSE_LENGTH": "8192"}, "MAX_TOKENS=8192 cannot hold one sequence"),
         ({}, "data/guru_math.parquet: make it with examples/math/prepare_data.py"),
@@ -201,7 +201,7 @@ IMPOSSIBLE = [
     ("REWARD_NOISE", "20", "REWARD_NOISE must be at most 1, not '20'"),
     ("OFFLOAD", "yes", "OFFLOAD must be True or False, not 'yes'"),
     ("DRY_RUN", "true", "DRY_RUN must be 0 or 1, not 'true'"),
-    ("PROMPTS", "97", "PROMPTS * RESPONSES = 194 must be a multiple of the GPUs, NNODES * GPUS = 8"),
+    ("PROMPTS", "97", "PROMPTS * RESPONSES / UPDATES = 194 must be a multiple of the GPUs, NNODES * GPUS = 8"),
     ("ROLLOUT_TP", "3", "ROLLOUT_TP=3 must divide the GPUs, NNODES * GPUS = 8"),
     *(
         (name, value, f"{name} must be a whole number above 0, not '{value}'")

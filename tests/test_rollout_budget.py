@@ -222,6 +222,14 @@ def test_an_agent_loop_without_output_is_a_missing_answer(monkeypatch):
     ]
 
 
+def test_a_prompt_without_a_prior_is_given_up_for_another(monkeypatch, caplog):
+    """As an asynchronous trainer restores them from the checkpoint of a run that had none."""
+    generation = Generation({"p": [0.0] * 16}).install(monkeypatch)
+    asyncio.run(worker_with()._run_prompt({"uid": "p", "agent_name": "x"}, {}, {"validate": False}))
+    assert generation.started == [] and generation.tags["p"] == {"status": "failure"}
+    assert "the prompt p has no prior" in caplog.text
+
+
 def test_validation_has_its_own_number(monkeypatch):
     generation = Generation({"p": [0.0] * 16}).install(monkeypatch)
     worker = worker_with()

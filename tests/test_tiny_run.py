@@ -67,7 +67,7 @@ def test_micro_batch_divides_a_small_batch(python_stub, tmp_path, prompts, micro
 
 def test_an_unknown_algorithm_is_refused():
     done = subprocess.run(["bash", str(RUN_TINY)], env={**os.environ, "ALGO": "ppo"}, capture_output=True, text=True)
-    assert done.returncode == 2 and "ALGO must be vimpo or grpo, not 'ppo'" in done.stderr
+    assert done.returncode == 2 and "ALGO must be grpo, vimpo, pacs or v05, not 'ppo'" in done.stderr
 
 
 JOINED = {"ALGO": "vimpo", "RAY_ADDRESS": "10.0.0.1:11000", "NNODES": "2", "GPUS": "4"}

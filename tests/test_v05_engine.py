@@ -29,7 +29,7 @@ def uneven_samples():
     return [replace(s, uid=u, outcome=float(o)) for s, u, o in zip(samples, uids, outcomes, strict=True)]
 
 
-def run_step(trainer, queue, samples, monkeypatch) -> dict:
+def run_step(trainer, queue, samples, monkeypatch, with_prior=True) -> dict:
     """verl's step from balancing to the update; what verl fills a batch up with is given here."""
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
@@ -42,7 +42,8 @@ def run_step(trainer, queue, samples, monkeypatch) -> dict:
     whole = queue.start(samples + placeholders(added))
     whole.extra_info.pop("global_token_num")
     for row in queue.rows.values():
-        row |= {PRIOR: PRIORS[row["uid"]], PRIOR_WEIGHT: 2.0, "data_source": "s", "extra_info": {"index": row["uid"]}}
+        row |= {"data_source": "s", "extra_info": {"index": row["uid"]}}
+        row |= {PRIOR: PRIORS[row["uid"]], PRIOR_WEIGHT: 2.0} if with_prior else {}
     real = type(whole)(whole.keys[: len(samples)], whole.tags[: len(samples)], whole.partition_id)
 
     def the_stages(self, metrics, timing_raw, sample_batch_size):
@@ -132,3 +133,5 @@ def test_rewards_that_no_prior_is_about_end_the_run(models, monkeypatch):
     samples = [replace(s, outcome=2 * s.outcome) for s in uneven_samples()]
     with pytest.raises(ValueError, match="step 1: the reward of sample p0_0_0 is 2.0 .* not from 0 to 1"):
         run_step(trainer, queue, samples, monkeypatch)
+    with pytest.raises(ValueError, match="step 1: the batch has answers without a prior"):
+        run_step(trainer, queue, uneven_samples(), monkeypatch, with_prior=False)

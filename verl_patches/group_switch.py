@@ -4,7 +4,7 @@ from typing import Any
 
 from verl_patches.switch import knobs_of, section_of
 from vimpo_verl import prior, rollout_budget
-from vimpo_verl.baselines import WITH_PRIOR
+from vimpo_verl.config import BASELINES_WITH_PRIOR
 from vimpo_verl.prior import PriorConfig
 from vimpo_verl.rollout_budget import RolloutBudgetConfig
 
@@ -34,8 +34,8 @@ def prior_of(config: Any) -> tuple[PriorConfig | None, list[str]]:
         return knobs, problems
     if given is not None:
         problems.append(
-            f"{prior.SECTION} is read by algorithm.adv_estimator=v05, algorithm.rollout_budget and "
-            f"algorithm.vimpo.baseline={' or '.join(WITH_PRIOR)}, none of which is asked for: remove the section, or ask"
+            f"{prior.SECTION} is read by algorithm.adv_estimator=v05, algorithm.rollout_budget and algorithm.vimpo.baseline="
+            f"{' or '.join(BASELINES_WITH_PRIOR)}, none of which is asked for: remove the section, or ask"
         )
     return None, problems
 
@@ -44,4 +44,4 @@ def needs_prior(config: Any) -> bool:
     """Whether something in this run asks what a prompt's mean reward is taken to be."""
     if is_v05(config) or budget_of(config)[0] is not None:
         return True
-    return config.algorithm.get("adv_estimator") == "vimpo" and knobs_of(config)[0].baseline in WITH_PRIOR
+    return config.algorithm.get("adv_estimator") == "vimpo" and knobs_of(config)[0].baseline in BASELINES_WITH_PRIOR

@@ -79,12 +79,17 @@ class PriorTrainer:
         """As the trainer's behind it, which finds the priors in `batch_prior`.
 
         Raises:
-            ValueError: a reward is not from 0 to 1, which a prior is about.
+            ValueError: a reward is not from 0 to 1, which a prior is about; or answers have no prior.
         """
         real = [position for position, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
         keys = [batch.keys[position] for position in real]
         fields = ["uid", "rm_scores", PRIOR, PRIOR_WEIGHT, "data_source", "extra_info"]
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
+        if PRIOR not in data.keys():
+            raise ValueError(
+                f"step {self.global_steps}: the batch has answers without a prior, from the checkpoint of a run that had "
+                f"none. Start that checkpoint's asynchronous run anew, or resume without what reads {SECTION}"
+            )
         rewards = [scores.sum().item() for scores in data["rm_scores"].unbind()]
         _require_rates(rewards, keys, self.global_steps)
         priors = [Prior(*pair) for pair in zip(map(float, data[PRIOR]), map(float, data[PRIOR_WEIGHT]), strict=True)]

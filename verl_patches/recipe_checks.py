@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from verl_patches.engine_checks import engine_problems, has_lora
+from verl_patches.group_switch import budget_of
 from verl_patches.loss_checks import adjust_losses, loss_problems, loss_warnings
 from vimpo_verl.config import VimpoConfig
 
@@ -36,7 +37,7 @@ def problems(config: Any) -> list[str]:
 def warnings(config: Any, knobs: VimpoConfig) -> list[str]:
     """What runs, but perhaps not as meant. `config` as for `problems`; knobs: those of algorithm.vimpo."""
     found = []
-    if config.actor_rollout_ref.rollout.n == 1:
+    if config.actor_rollout_ref.rollout.n == 1 and budget_of(config)[0] is None:
         found.append(
             "actor_rollout_ref.rollout.n=1: every group has one response, so V0 = R and the value loss only pulls the "
             "policy to the reference; the paper uses 8"

@@ -17,6 +17,7 @@ ppo_mini_batch_size, padded to the ranks alone.
 
 import asyncio
 import inspect
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ from vimpo_verl.rollout_budget import SECTION, PromptBudget, budget_metrics
 
 ROLLOUT_N = "__rollout_n__"  # verl's column of a prompt for its number of answers
 ASKED = "vimpo_rollouts"  # tag of an answer of a prompt of which others are missing: how many were asked for
+
+logger = logging.getLogger("vimpo_verl")
 
 Worker = AgentLoopWorkerTQ.__ray_actor_class__
 
@@ -95,8 +98,13 @@ class BudgetedAgentLoopWorker(Worker):
 
     async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
         if trajectory["validate"]:
-            return await super()._run_prompt(prompt, sampling_params, trajectory, trace)
+            await super()._run_prompt(prompt, sampling_params, trajectory, trace)
+            return
         uid = prompt["uid"]
+        if PRIOR not in prompt:  # of an asynchronous trainer's checkpoint, which a run without priors wrote
+            logger.error("vimpo_verl: the prompt %s has no prior: it is given up, and verl takes another", uid)
+            await tq.async_kv_put(key=uid, partition_id="train", tag={"status": "failure"})
+            return
         self.gates[uid] = Gate(PromptBudget(self.rollout_budget, float(prompt[PRIOR])))
         try:
             await super()._run_prompt(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from vimpo_verl import functional as F
+from vimpo_verl.config import BASELINES_WITH_PRIOR
 
 SHRINKAGE_EPS = 1e-6  # beside the variances in `shrunk_baseline`, as the authors have it
 MIN_ROLLOUTS, MAX_ROLLOUTS = 4, 16  # V0.5's budget a prompt
@@ -265,7 +266,7 @@ TABLE = {
 
 # Name -> function of (outcome, group, *, cap=None): the choices of algorithm.vimpo.baseline that need only the batch.
 OF_A_BATCH = {name: row.function for name, row in TABLE.items() if not row.needs}
-WITH_PRIOR = ("fused", "posterior_mean")  # the others
+WITH_PRIOR = BASELINES_WITH_PRIOR  # the others
 
 
 def baseline_of(

@@ -18,7 +18,8 @@ SECTION = "algorithm.vimpo"
 KL_ESTIMATORS = ("exact", "k2", "k3")
 VALUE_LOSS_TYPES = ("squared_error", "huber")
 KAPPA_POLICIES = ("old", "current")
-BASELINES = ("group_mean", "leave_one_out", "shrunk", "fused", "posterior_mean")
+BASELINES_WITH_PRIOR = ("fused", "posterior_mean")
+BASELINES = ("group_mean", "leave_one_out", "shrunk", *BASELINES_WITH_PRIOR)
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class VimpoConfig(Timeouts):
         baseline: V0: "group_mean" (the paper's), "leave_one_out", "shrunk", to the mean of the batch's other prompts, or, of
             the rewards and a prior of the prompt (algorithm.prior), "fused" or "posterior_mean".
         baseline_cap: upper bound of V0, or None.
+        preset: "paper" for the constants of PRESETS, under whatever else is given; None for the defaults above.
         stage_timeout, validation_timeout, startup_timeout: see Timeouts.
     """
 
@@ -60,10 +62,12 @@ class VimpoConfig(Timeouts):
     huber_delta: float = 0.5
     baseline: str = "group_mean"
     baseline_cap: float | None = None
+    preset: str | None = None
 
 
 # The paper's recipe where it differs from the defaults (section 5: beta = 5e-4, c_A = 5e-3, no trust factor).
 PAPER_RECIPE = {"beta": 5e-4, "actor_coeff": 5e-3, "actor_trust": False}
+PRESETS = {"paper": PAPER_RECIPE}
 
 
 def parse_config(section: Mapping[str, Any] | None) -> tuple[VimpoConfig, list[str]]:
@@ -77,7 +81,7 @@ def parse_config(section: Mapping[str, Any] | None) -> tuple[VimpoConfig, list[s
         key and says what to write instead. The configuration may be used only if there are none.
     """
     values, problems = section_reader.read(section, SECTION, _CHECKS, f"+{SECTION}.<name>=<value>")
-    config = VimpoConfig(**values)
+    config = VimpoConfig(**{**PRESETS.get(values.get("preset"), {}), **values})
     return config, problems + _contradictions(config)
 
 
@@ -113,6 +117,10 @@ def _number_or_none(value: Any) -> tuple[str, Any]:
     return ("", None) if value is None else _cap(value)
 
 
+def _preset(value: Any) -> tuple[str, Any]:
+    return ("", None) if value is None else one_of(*PRESETS)(value)
+
+
 def _kl_estimator(value: Any) -> tuple[str, Any]:
     if value == "k1":
         return (
@@ -136,5 +144,6 @@ _CHECKS = {
     "huber_delta": _positive,
     "baseline": one_of(*BASELINES),
     "baseline_cap": _number_or_none,
+    "preset": _preset,
     **timeouts.CHECKS,
 }

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Math with verifiable rewards: VIMPO and its GRPO twin, for any model. The paper's recipe (arXiv 2606.20008) is the default.
+# Math with verifiable rewards: VIMPO, its GRPO twin, PACS and V0.5, for any model. The paper's recipe (arXiv 2606.20008) is the default.
 #
 #   ALGO=vimpo PRESET=8gpu examples/math/run_math.sh
 #   ALGO=grpo  PRESET=8gpu examples/math/run_math.sh
 #   ALGO=vimpo PRESET=1gpu MODEL=Qwen/Qwen3-1.7B-Base examples/math/run_math.sh algorithm.vimpo.beta=auto
 #   DRY_RUN=1 ALGO=vimpo PRESET=multinode examples/math/run_math.sh       # checks and prints the configuration, starts nothing
 #
-# The two algorithms differ in keys under `algorithm.` only. Everything after the script's name goes to verl as Hydra overrides,
+# The algorithms differ in keys under `algorithm.` only, and in UPDATES. Everything after the script's name goes to verl as Hydra overrides,
 # after the settings below, so it wins. A preset sets the model and the machine, not the recipe; variables win over presets.
 
 set -euo pipefail
 
 #################### settings of the user, by environment variable ####################
-ALGO=${ALGO:-vimpo}                     # vimpo or grpo
+ALGO=${ALGO:-vimpo}                     # grpo, vimpo, pacs or v05
 PRESET=${PRESET:-8gpu}                  # 1gpu, 8gpu, multinode or lora: the table below
 DRY_RUN=${DRY_RUN:-0}                   # 1: check and print the resolved configuration, start nothing
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -25,7 +25,8 @@ SEED=${SEED:-1}                         # order of the prompts, sampling and the
 REWARD_NOISE=${REWARD_NOISE:-0}         # probability of flipping a group's rewards, in training only; the paper's noisy runs
 
 # The paper's recipe
-PROMPTS=${PROMPTS:-96}                  # prompts a step, one mini-batch: strictly on-policy
+PROMPTS=${PROMPTS:-96}                  # prompts a step
+UPDATES=${UPDATES:-}                    # mini-batches a step; empty: 1, strictly on-policy, or 4 for pacs, which is RLOO with one
 RESPONSES=${RESPONSES:-8}               # responses a prompt
 PROMPT_LENGTH=${PROMPT_LENGTH:-2048}
 RESPONSE_LENGTH=${RESPONSE_LENGTH:-4096}
@@ -58,6 +59,7 @@ case $PRESET in
         default MODEL none; default NNODES 1; default GPUS 1; default MAX_TOKENS 999999999 ;;
 esac
 default LR 1e-6
+if [[ $ALGO == pacs ]]; then default UPDATES 4; else default UPDATES 1; fi
 default LORA_RANK 0
 default ROLLOUT_TP 1                    # tensor parallelism of a vLLM replica
 default GPU_MEMORY 0.5                  # of a GPU, for vLLM while it generates
@@ -85,11 +87,11 @@ want_at_most_one() {
 }
 are_whole() { local setting; for setting in "$@"; do is "$setting" "$WHOLE" || return 1; done; }
 
-want ALGO 'vimpo|grpo' "vimpo or grpo"
+want ALGO 'grpo|vimpo|pacs|v05' "grpo, vimpo, pacs or v05"
 want PRESET '1gpu|8gpu|multinode|lora' "1gpu, 8gpu, multinode or lora"
 want DRY_RUN '0|1' "0 or 1"
 want OFFLOAD 'True|False' "True or False"
-for setting in PROMPTS RESPONSES PROMPT_LENGTH RESPONSE_LENGTH EPOCHS VAL_RESPONSES NNODES GPUS MAX_TOKENS ROLLOUT_TP; do
+for setting in PROMPTS UPDATES RESPONSES PROMPT_LENGTH RESPONSE_LENGTH EPOCHS VAL_RESPONSES NNODES GPUS MAX_TOKENS ROLLOUT_TP; do
     want "$setting" "$WHOLE" "a whole number above 0"
 done
 for setting in STEPS KEEP; do want "$setting" "$WHOLE|null" "a whole number above 0, or null"; done
@@ -102,8 +104,10 @@ for setting in GPU_MEMORY REWARD_NOISE; do want_at_most_one "$setting"; done
 if are_whole PROMPT_LENGTH RESPONSE_LENGTH MAX_TOKENS && ((PROMPT_LENGTH + RESPONSE_LENGTH > MAX_TOKENS)); then
     PROBLEMS+=("MAX_TOKENS=$MAX_TOKENS cannot hold one sequence of PROMPT_LENGTH + RESPONSE_LENGTH = $((PROMPT_LENGTH + RESPONSE_LENGTH)) tokens")
 fi
-if are_whole PROMPTS RESPONSES NNODES GPUS && ((PROMPTS * RESPONSES % (NNODES * GPUS))); then
-    PROBLEMS+=("PROMPTS * RESPONSES = $((PROMPTS * RESPONSES)) must be a multiple of the GPUs, NNODES * GPUS = $((NNODES * GPUS))")
+if are_whole PROMPTS UPDATES && ((PROMPTS % UPDATES)); then
+    PROBLEMS+=("PROMPTS=$PROMPTS must be a multiple of UPDATES=$UPDATES")
+elif are_whole PROMPTS UPDATES RESPONSES NNODES GPUS && ((PROMPTS * RESPONSES / UPDATES % (NNODES * GPUS))); then
+    PROBLEMS+=("PROMPTS * RESPONSES / UPDATES = $((PROMPTS * RESPONSES / UPDATES)) must be a multiple of the GPUs, NNODES * GPUS = $((NNODES * GPUS))")
 fi
 if are_whole ROLLOUT_TP NNODES GPUS && ((NNODES * GPUS % ROLLOUT_TP)); then
     PROBLEMS+=("ROLLOUT_TP=$ROLLOUT_TP must divide the GPUs, NNODES * GPUS = $((NNODES * GPUS))")
@@ -165,7 +169,7 @@ fi
 ACTOR=(
     actor_rollout_ref.actor.strategy=fsdp2
     actor_rollout_ref.actor.optim.lr="$LR"
-    actor_rollout_ref.actor.ppo_mini_batch_size="$PROMPTS"
+    actor_rollout_ref.actor.ppo_mini_batch_size=$((PROMPTS / UPDATES))
     actor_rollout_ref.actor.use_dynamic_bsz=True
     actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$MAX_TOKENS"
     actor_rollout_ref.actor.clip_ratio_low=0.2
@@ -201,7 +205,7 @@ case $ALGO in
             +algorithm.vimpo.beta=5e-4 +algorithm.vimpo.actor_coeff=5e-3 +algorithm.vimpo.actor_trust=false
         )
         ;;
-    grpo) ALGORITHM=(algorithm.adv_estimator=grpo) ;;
+    *) ALGORITHM=(algorithm.adv_estimator="$ALGO") ;;  # with its own defaults
 esac
 ALGORITHM+=(
     algorithm.lam=1.0

@@ -12,7 +12,7 @@ from statistics import mean, median
 REWARD, SECONDS, KL = "critic/score/mean", "timing_s/step", "vimpo/kl"
 VALIDATION = "val-core/"
 ENDS = 5  # steps averaged at the start and at the end: one step's reward is noisy
-COLOURS = {"grpo": "tab:orange", "vimpo": "tab:blue"}
+COLOURS = {"grpo": "tab:orange", "vimpo": "tab:blue", "pacs": "tab:green", "v05": "tab:purple"}
 
 
 @dataclass

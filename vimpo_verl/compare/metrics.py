@@ -60,6 +60,7 @@ TRAINING = (
     Quantity("entropy", ("actor/entropy",)),
     Quantity("value explained variance", ("vimpo/value_explained_variance",), note="only VIMPO has values"),
     Quantity("outcome AUC", ("vimpo/outcome_auc",), note="only VIMPO has a judgement of its answers"),
+    Quantity("rollouts a prompt", ("budget/rollouts_per_prompt",), note="only where rollouts are bought on demand"),
     Quantity("seconds a step", ("timing_s/step",)),
 )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vimpo_verl.beta import STATE
 from vimpo_verl.checkpoint import Checkpoint, NotAModel, locate
-from vimpo_verl.config import VimpoConfig
+from vimpo_verl.config import BASELINES_WITH_PRIOR, VimpoConfig
 from vimpo_verl.credit import models
 from vimpo_verl.credit.answers import Answer, answers_file, choose, read_answers
 from vimpo_verl.credit.settings import RunSettings, of_run
@@ -57,7 +57,7 @@ def gather(arguments: argparse.Namespace) -> tuple[Inputs | None, list[str]]:
         replace(run.vimpo, beta=beta),
         run.lam if arguments.lam is None else arguments.lam,
         arguments.temperature or run.temperature,
-        settings={}, notes=[f"beta={beta:.6g}, {beta_from}", *encoder.notes],
+        settings={}, notes=[f"beta={beta:.6g}, {beta_from}", *_baseline_note(run.vimpo), *encoder.notes],
     )  # fmt: skip
     return replace(inputs, settings=_shown(inputs, arguments, run, answers)), problems
 
@@ -120,6 +120,12 @@ def with_baselines(answers: list[Answer], config: VimpoConfig) -> list[Answer]:
 
     v0 = baselines([answer.reward for answer in answers], [answer.group for answer in answers], config)
     return [replace(answer, baseline=baseline) for answer, baseline in zip(answers, v0, strict=True)]
+
+
+def _baseline_note(config: VimpoConfig) -> list[str]:
+    if config.baseline not in BASELINES_WITH_PRIOR:
+        return []
+    return [f"V0 is the group's mean here: the answers do not have the priors of the run's baseline={config.baseline}"]
 
 
 def _too_long(groups: list[list[Encoded]], *described: models.Described) -> list[str]:
