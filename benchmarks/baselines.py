@@ -68,7 +68,10 @@ def prior_of(rate: Tensor, error: float) -> Tensor:
 
 
 def budget_case(rate: float, prior: float, prompts: int, generator: torch.Generator) -> dict[str, float]:
-    """V0.5's rollouts on demand for many prompts of one rate: how many it takes, and the error it ends with."""
+    """V0.5's rollouts on demand for many prompts of one rate: how many it takes, and the errors it ends with.
+
+    "of 4" and "of 16": of so many whatever they are; "of these": of those that the rule takes.
+    """
     rewards = torch.bernoulli(
         torch.full((prompts, baselines.MAX_ROLLOUTS), rate, dtype=torch.float64), generator=generator
     )
@@ -77,6 +80,10 @@ def budget_case(rate: float, prior: float, prompts: int, generator: torch.Genera
     for k in range(1, baselines.MAX_ROLLOUTS + 1):
         taken[wanting] = k
         wanting &= baselines.wants_another_rollout(rewards[:, :k].mean(1), priors, k)
+
+    def mean_error(counts: Tensor) -> float:
+        kept = torch.arange(baselines.MAX_ROLLOUTS) < counts.unsqueeze(1)
+        return ((rewards * kept).sum(1) / counts - rate).square().mean().item()
 
     def fused_error(counts: Tensor) -> float:
         kept = torch.arange(baselines.MAX_ROLLOUTS) < counts.unsqueeze(1)
@@ -92,6 +99,7 @@ def budget_case(rate: float, prior: float, prompts: int, generator: torch.Genera
         "fused of 4": fused_error(torch.full((prompts,), 4)),
         "prior alone": (prior - rate) ** 2,
         "rollouts taken": taken.double().mean().item(),
+        "mean of these": mean_error(taken),
         "fused of these": fused_error(taken),
         "mean of 16": (rewards.mean(1) - rate).square().mean().item(),
     }
@@ -103,9 +111,16 @@ def main() -> None:
     generator = torch.Generator().manual_seed(args.seed)
     rows = [row for size in GROUP_SIZES for row in errors_of_a_group_size(size, args.batches, generator)]
     budget = [budget_case(rate, prior, args.prompts, generator) for rate, prior in BUDGET_CASES]
+    grid = [
+        budget_case(rate, prior_of(torch.tensor(rate, dtype=torch.float64), error).item(), args.prompts, generator)
+        for rate in RATES
+        for error in PRIOR_ERRORS
+    ]
     settings = {"batches": args.batches, "prompts": args.prompts, "seed": args.seed, "past": PAST, "cap": CAP}
-    report.show("mean squared error, rewards 0 and 1", rows, args.json, settings=settings, budget=budget)
-    report.show("rollouts on demand, from 4 to 16", budget, json_file=None)
+    report.show(
+        "mean squared error, rewards 0 and 1", rows, args.json, settings=settings, budget=budget, budget_grid=grid
+    )
+    report.show("rollouts on demand, from 4 to 16", budget + grid, json_file=None)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,9 @@ class InProcessGroup:
     def compute_ref_log_prob(self, batch):
         raise AssertionError("VIMPO has no separate reference pass")
 
+    def refresh_reference(self):
+        self.worker.refresh_reference()
+
     def update_actor(self, batch):
         return self.worker.update_actor(self._data(batch))
 

@@ -303,6 +303,42 @@ def test_the_stored_figures_are_those_of_the_exact_sums():
         assert (exact > row["mean of 4"]) == ((row["rate"], row["prior"]) in {(0.1, 0.35), (0.7, 0.2), (0.9, 0.65)})
 
 
+def exact_budget(rate, prior):
+    """Expected rollouts, and errors of the fused baseline and of the plain mean of them, over every way the rewards may fall.
+
+    The rule and the baseline in rewards of -1 and +1, as published; errors of rewards 0 and 1 are a quarter.
+    """
+    state, expected = {(0, 0): 1.0}, [0.0, 0.0, 0.0]
+    for k in range(17):
+        after: dict[tuple[int, int], float] = {}
+        for (_, right), chance in state.items():
+            if k >= 4:
+                vbar, v = 2 * right / k - 1, 2 * prior - 1
+                wrong = max(0.0, (vbar - v) ** 2 - 1 / k)
+                gain = wrong / (1 + k * wrong) - wrong / (1 + (k + 1) * wrong)
+                if k == 16 or gain <= 1 / 256:
+                    w = wrong / (wrong + 1 / k)
+                    fused = w * vbar + (1 - w) * v
+                    for i, value in enumerate((k, (fused - 2 * rate + 1) ** 2 / 4, (right / k - rate) ** 2)):
+                        expected[i] += chance * value
+                    continue
+            for reward, share in ((1, rate), (0, 1 - rate)):
+                after[k + 1, right + reward] = after.get((k + 1, right + reward), 0.0) + chance * share
+        state = after
+    return expected
+
+
+def test_the_stored_budget_is_that_of_every_way_the_rewards_may_fall():
+    stored = json.loads((ROOT / "benchmarks/results/baselines.json").read_text())
+    grid = {(row["rate"], round(abs(row["prior"] - row["rate"]), 6)) for row in stored["budget_grid"]}
+    assert grid == {(rate, error) for rate in (0.1, 0.3, 0.5, 0.7, 0.9) for error in (0.0, 0.1, 0.25, 0.5)}
+    for row in stored["budget"] + stored["budget_grid"]:
+        taken, fused, mean = exact_budget(row["rate"], row["prior"])
+        assert row["rollouts taken"] == pytest.approx(taken, rel=0.02)
+        assert row["fused of these"] == pytest.approx(fused, rel=0.15, abs=3e-4), row
+        assert row["mean of these"] == pytest.approx(mean, rel=0.05), row
+
+
 def test_the_page_names_every_baseline_and_which_the_knob_takes():
     rows = re.findall(
         r"^\| `(\w+)` \|.*\| ([^|]+) \| [^|]+ \|$", (ROOT / "docs/algorithms.md").read_text(), flags=re.MULTILINE

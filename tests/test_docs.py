@@ -61,7 +61,13 @@ def test_every_metric_is_explained():
         config=VimpoConfig(),
         lam=1.0,
     )
-    of_the_trainer = {"vimpo/value_loss", "vimpo/actor_loss", "vimpo/missing_responses", "vimpo/update_skipped"}
+    of_the_trainer = {
+        "vimpo/reference_refreshed",
+        "vimpo/value_loss",
+        "vimpo/actor_loss",
+        "vimpo/missing_responses",
+        "vimpo/update_skipped",
+    }
     assert documented_metrics("vimpo") == {*batch.metrics, *of_the_trainer}
 
 

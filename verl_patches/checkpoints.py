@@ -39,7 +39,7 @@ MARK = "vimpo_checkpoint.unfinished"
 TRACKER = "latest_checkpointed_iteration.txt"
 # What PPOTrainer._load_checkpoint and FSDPCheckpointManager.load_checkpoint read, LoRA included, and this package's own files.
 NEEDED = re.compile(
-    r"actor/(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt|data\.pt|transfer_queue/.+|"
+    r"actor/(model|optim|extra_state|reference)_world_size_\d+_rank_\d+\.pt|data\.pt|transfer_queue/.+|"
     rf"{re.escape(STATE)}|{re.escape(PRIOR_STATE)}"
 )
 # How file systems say that they do not synchronise folders; any other error, such as EIO, is one.

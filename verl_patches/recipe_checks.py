@@ -29,7 +29,7 @@ def problems(config: Any) -> list[str]:
     found = list(type_problems(config))
     if found:
         return found  # the other checks compute with these values
-    for check in (_algorithm, _trainer, engine_problems, _model, loss_problems):
+    for check in (_reference_refresh, _algorithm, _trainer, engine_problems, _model, loss_problems):
         found += check(config)
     return found
 
@@ -108,6 +108,23 @@ def type_problems(config: Any) -> Iterator[str]:
         value = OmegaConf.select(config, key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             yield f"{key}={value!r}: write an integer"
+
+
+def _reference_refresh(config: Any) -> Iterator[str]:
+    section = config.algorithm.get("vimpo")
+    if not hasattr(section, "get") or not section.get("ref_refresh_every"):
+        return
+    if has_lora(config.actor_rollout_ref.model):
+        yield (
+            "algorithm.vimpo.ref_refresh_every with LoRA: the reference is the policy without its adapters and cannot become "
+            "another; write algorithm.vimpo.ref_refresh_every=null"
+        )
+    strategy = config.actor_rollout_ref.actor.strategy
+    if strategy not in ("fsdp", "fsdp2"):
+        yield (
+            f"algorithm.vimpo.ref_refresh_every with actor_rollout_ref.actor.strategy={strategy}: weights are copied between "
+            "models that verl's FSDP engine has sharded; write actor_rollout_ref.actor.strategy=fsdp2"
+        )
 
 
 def _algorithm(config: Any) -> Iterator[str]:

@@ -154,6 +154,18 @@ class VimpoTrainer(FamilyTrainer):
             f"+algorithm.vimpo.beta={beta.value * farthest / usual:.2g}"
         )
 
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """As FamilyTrainer's; every so many steps the policy that it leaves becomes the reference."""
+        batch = super()._update_actor(batch, metrics)
+        every = self.knobs.ref_refresh_every
+        if every:
+            last_of_step = self.local_trigger_step == self.parameter_sync_step - 1
+            due = last_of_step and self.global_steps % every == 0
+            if due:
+                self.actor_rollout_wg.refresh_reference()
+            metrics["vimpo/reference_refreshed"] = float(due)
+        return batch
+
     def _save_checkpoint(self) -> None:
         """As verl's, with the run's beta in it."""
         self.run_beta.save(Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}")

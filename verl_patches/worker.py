@@ -6,6 +6,7 @@ subclass where verl's was. Checked against verl 0.9.1; no upstream issue.
 
 import contextlib
 import math
+from pathlib import Path
 
 import torch
 from tensordict import TensorDict
@@ -15,6 +16,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.profiler import DistProfiler
 from verl.workers.engine_workers import TrainingWorker
 
+from verl_patches import reference_refresh
 from verl_patches.family_worker import FamilyWorker
 from verl_patches.fused_head import fused_heads
 from verl_patches.joint_pass import joint_infer_batch
@@ -97,6 +99,25 @@ class VimpoActorRolloutRefWorker(FamilyWorker):
             f"VIMPO needs the reference model in the worker of the policy, but this worker's role is {self.role!r} and "
             "the policy has no LoRA adapters to switch off"
         )
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def refresh_reference(self):
+        """Make the policy as it is now the reference."""
+        reference_refresh.copy_weights(self.actor.engine.module, self.reference.engine.module)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None):
+        """As FamilyWorker's; with ref_refresh_every the reference, too, which is then on no other disk."""
+        super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep=max_ckpt_to_keep)
+        if self.knobs.ref_refresh_every:
+            reference_refresh.save(self.reference.engine.module, Path(local_path))
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=False):
+        """As verl's; with the checkpoint's reference, where it has been refreshed."""
+        super().load_checkpoint(local_path, hdfs_path, del_local_after_load)
+        if self.ref is not None and reference_refresh.load(self.reference.engine.module, Path(local_path)):
+            print(f"vimpo_verl: the reference is the refreshed one of {local_path}", flush=True)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     @DistProfiler.annotate(color="blue", role="actor_compute_log_prob")

@@ -45,6 +45,7 @@ class VimpoConfig(Timeouts):
         baseline: V0: "group_mean" (the paper's), "leave_one_out", "shrunk", to the mean of the batch's other prompts, or, of
             the rewards and a prior of the prompt (algorithm.prior), "fused" or "posterior_mean".
         baseline_cap: upper bound of V0, or None.
+        ref_refresh_every: steps after which the policy becomes the reference, again and again; None: it stays as it is.
         preset: "paper" for the constants of PRESETS, under whatever else is given; None for the defaults above.
         stage_timeout, validation_timeout, startup_timeout: see Timeouts.
     """
@@ -62,6 +63,7 @@ class VimpoConfig(Timeouts):
     huber_delta: float = 0.5
     baseline: str = "group_mean"
     baseline_cap: float | None = None
+    ref_refresh_every: int | None = None
     preset: str | None = None
 
 
@@ -117,6 +119,13 @@ def _number_or_none(value: Any) -> tuple[str, Any]:
     return ("", None) if value is None else _cap(value)
 
 
+def _count_or_none(value: Any) -> tuple[str, Any]:
+    if value is None:
+        return "", None
+    complaint, count = section_reader.integer(value)
+    return ("write a whole number above 0, or null", None) if complaint or count < 1 else ("", count)
+
+
 def _preset(value: Any) -> tuple[str, Any]:
     return ("", None) if value is None else one_of(*PRESETS)(value)
 
@@ -144,6 +153,7 @@ _CHECKS = {
     "huber_delta": _positive,
     "baseline": one_of(*BASELINES),
     "baseline_cap": _number_or_none,
+    "ref_refresh_every": _count_or_none,
     "preset": _preset,
     **timeouts.CHECKS,
 }
