@@ -42,7 +42,7 @@ class Setting:
     equal_models: bool = False
 
 
-def make_models(folder: Path, tied: bool = False) -> None:
+def make_models(folder: Path, tied: bool = False, layers: int = 2) -> None:
     """Write a tiny Qwen3 `policy` and a `ref` near it, whose distributions are far from uniform.
 
     With `tied`, the output matrix is the embedding, as in small models.
@@ -50,7 +50,7 @@ def make_models(folder: Path, tied: bool = False) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=512, tie_word_embeddings=tied,
         bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS, initializer_range=0.2,
     )  # fmt: skip
@@ -192,7 +192,7 @@ def run_step(models: Path, setting: Setting, samples: list[Sample], workers: Wor
 
     from vimpo_verl.batch import compute_batch
 
-    workers = workers or make_workers(models, setting)
+    workers = workers or _make_workers_of(setting)(models, setting)
     ranks = workers.actor.engine.get_data_parallel_size()
     mine = slice_of_rank(len(samples), workers.actor.engine.get_data_parallel_rank(), ranks)
     per_token = gather_rows(joint_pass(workers, samples[mine], setting))
@@ -213,6 +213,14 @@ def run_step(models: Path, setting: Setting, samples: list[Sample], workers: Wor
         output = workers.actor.train_mini_batch(data)
     metrics = reduce_metrics(dict(output["metrics"])) if output is not None else {}  # None: not its group's first rank
     return StepResult(per_token, batch, gradients, parameters_of(workers.actor.engine), {**batch.metrics, **metrics})
+
+
+def _make_workers_of(setting: Setting):
+    if setting.strategy != "megatron":
+        return make_workers
+    from megatron_harness import make_megatron_workers
+
+    return make_megatron_workers
 
 
 def slice_of_rank(length: int, rank: int, ranks: int) -> slice:
@@ -236,7 +244,8 @@ def gather_rows(mine: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Ten
     """The rows of all ranks that collected some, in order, on every rank."""
     parts = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, mine)
-    return {name: [row for part in parts for row in part.get(name, [])] for name in parts[0]}
+    names = next(part for part in parts if part)
+    return {name: [row for part in parts for row in part.get(name, [])] for name in names}
 
 
 class training_data:
@@ -295,6 +304,8 @@ class recorded_gradients:
 
 
 def _gradient(parameter: torch.Tensor) -> torch.Tensor:
+    if hasattr(parameter, "main_grad"):  # Megatron's
+        return parameter.main_grad
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # None: frozen, under LoRA
 
 
@@ -308,6 +319,10 @@ def _full(engine, select) -> dict[str, torch.Tensor]:
     from torch.distributed.tensor import DTensor
 
     module = engine.module
+    if isinstance(module, list):  # Megatron's, by pipeline stage
+        from megatron_harness import exported
+
+        return exported(engine, select)
     if isinstance(module, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(module, with_grads=True):
             found = {name: select(p).detach().clone() for name, p in module.named_parameters()}

@@ -79,7 +79,6 @@ def test_the_reference_on_fsdp_turbo_gets_the_policys_plan_where_it_has_none():
 
 # what is asked for -> what the one refusal must say
 REFUSED = {
-    (f"{A}.strategy=megatron",): ("Megatron", f"{A}.strategy=fsdp2"),
     (f"++{A}.strategy=torchtitan",): ("no hook", f"{A}.strategy=fsdp2"),
     (f"++{A}.strategy=automodel",): ("no hook", f"{A}.strategy=fsdp2"),
     (f"++{A}.strategy=mindspeed",): ("Ascend", f"{A}.strategy=fsdp2"),

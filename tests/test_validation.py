@@ -168,7 +168,7 @@ REFUSED = {
     "algorithm.rollout_correction.bypass_mode=True": "algorithm.rollout_correction.bypass_mode=False",
     "critic.enable=True": "remove critic.enable",
     "trainer.use_v1=False": "trainer.use_v1=True",
-    "actor_rollout_ref.actor.strategy=megatron": "actor_rollout_ref.actor.strategy=fsdp2",
+    "actor_rollout_ref.actor.strategy=torchtitan": "actor_rollout_ref.actor.strategy=fsdp2",
     "actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean": "Write vanilla, or gspo",
     "actor_rollout_ref.ref.strategy=fsdp2": "remove actor_rollout_ref.ref.strategy",
     "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size=2": "remove it",
@@ -200,7 +200,7 @@ def test_a_refusal_names_the_key_and_what_to_write(override):
 
 
 def test_every_problem_is_listed_at_once():
-    apart = ("megatron", "critic", "null", "lora")  # the same key twice, or one that hides others
+    apart = ("torchtitan", "critic", "null", "lora")  # the same key twice, or one that hides others
     together = [o for o in REFUSED if not any(a in o for a in apart) and "ref." not in o.split("=")[0][18:]]
     problems = refusals(vimpo(*together))
     assert len(problems) == len(together)

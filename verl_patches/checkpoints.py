@@ -37,9 +37,10 @@ from vimpo_verl.prior import STATE as PRIOR_STATE
 RECORD = "vimpo_checkpoint.json"  # {"files": {relative path: bytes}}
 MARK = "vimpo_checkpoint.unfinished"
 TRACKER = "latest_checkpointed_iteration.txt"
-# What PPOTrainer._load_checkpoint and FSDPCheckpointManager.load_checkpoint read, LoRA included, and this package's own files.
+# What PPOTrainer._load_checkpoint and the checkpoint managers of FSDP (LoRA included) and Megatron read, and this package's own
+# files. Megatron's model may be in actor/huggingface, which changes when a model is merged.
 NEEDED = re.compile(
-    r"actor/(model|optim|extra_state|reference)_world_size_\d+_rank_\d+\.pt|data\.pt|transfer_queue/.+|"
+    r"actor/(model|optim|extra_state|reference)_world_size_\d+_rank_\d+\.pt|actor/dist_ckpt/.+|data\.pt|transfer_queue/.+|"
     rf"{re.escape(STATE)}|{re.escape(PRIOR_STATE)}"
 )
 # How file systems say that they do not synchronise folders; any other error, such as EIO, is one.

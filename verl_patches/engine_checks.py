@@ -1,14 +1,17 @@
 """What VIMPO needs of verl's training engines (actor_rollout_ref.actor.strategy), as pure functions of verl's configuration.
 
-The joint pass runs on verl's FSDP engine and on the two that derive from it, VeOmni and FSDP-Turbo, whose methods for inputs,
-outputs and forward are FSDP's (tests/test_derived_engines.py). They differ in where their configuration stands and what it is
-called, which is the table ENGINES. Every other engine is refused with its reason.
+The joint pass runs on verl's Megatron engine (verl_patches.megatron_checks), on its FSDP engine, and on the two that derive from
+that, VeOmni and FSDP-Turbo, whose methods for inputs, outputs and forward are FSDP's (tests/test_derived_engines.py). They
+differ in where their configuration stands and what it is called, which is the table ENGINES. Every other engine is refused with
+its reason.
 """
 
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from verl_patches.megatron_checks import fit_megatron_reference, megatron_problems
 
 # Keys of verl's fsdp_config that decide how a forward rounds, with verl's defaults. model_dtype because a model that is
 # stored in half precision has its buffers in it, too (rotary frequencies).
@@ -51,7 +54,6 @@ ENGINES = {
 # Engines of verl, and of packages around it, that VIMPO does not run on.
 _NO_HOOK = "it hands its logits to no hook, and kappa needs both distributions"
 REFUSED = {
-    "megatron": "the joint pass does not run on verl's Megatron engine",
     "torchtitan": _NO_HOOK,
     "automodel": _NO_HOOK,
     "mindspeed": "it is verl's Megatron engine for Ascend NPUs, on which VIMPO has not run",
@@ -66,6 +68,9 @@ def engine_problems(config: Any) -> Iterator[str]:
         config: verl's configuration, a DictConfig.
     """
     actor, ref = config.actor_rollout_ref.actor, config.actor_rollout_ref.ref
+    if actor.strategy == "megatron":
+        yield from megatron_problems(config)
+        return
     if actor.strategy not in ENGINES:
         yield (
             f"actor_rollout_ref.actor.strategy={actor.strategy}: {_reason(actor.strategy)}; write "
@@ -95,7 +100,7 @@ def engine_problems(config: Any) -> Iterator[str]:
 
 
 def _reason(strategy: Any) -> str:
-    return REFUSED.get(strategy, "the joint pass runs on verl's FSDP engine and those derived from it")
+    return REFUSED.get(strategy, "the joint pass runs on verl's FSDP engine, those derived from it, and Megatron")
 
 
 def _sequence_parallel(engine: Engine, actor: Any, ref: Any) -> Iterator[str]:
@@ -204,6 +209,9 @@ def fit_reference(actor: Any, ref: Any) -> None:
     """
     from omegaconf import OmegaConf, open_dict
 
+    if actor.strategy == "megatron":
+        fit_megatron_reference(actor, ref)
+        return
     engine = ENGINES[actor.strategy]
     policys, references = actor[engine.section], ref[engine.section]
     with open_dict(references):

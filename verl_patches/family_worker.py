@@ -28,7 +28,9 @@ class FamilyWorker(ActorRolloutRefWorker):
         super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep=keep)
 
     def _require_finite_weights(self, step: int) -> None:
-        bad = [name for name, weight in self.actor.engine.module.named_parameters() if not _is_finite(weight)]
+        module = self.actor.engine.module
+        chunks = module if isinstance(module, list) else [module]  # Megatron's engine has one a virtual pipeline stage
+        bad = [name for chunk in chunks for name, weight in chunk.named_parameters() if not _is_finite(weight)]
         anywhere = torch.tensor([len(bad)], device=self.actor.device_name)
         torch.distributed.all_reduce(anywhere)
         if anywhere.item():

@@ -99,7 +99,8 @@ def joint_infer_batch(actor: Any, ref: Any, data: TensorDict, kl_estimator: str)
     """One pass over `data` with the policy and the reference.
 
     Args:
-        actor, ref: verl's TrainingWorkers of the two models, both on the FSDP engine, with equal sequence parallelism.
+        actor, ref: verl's TrainingWorkers of the two models, both on the FSDP engine, with equal sequence parallelism, or both
+            on the Megatron engine.
         data: as for TrainingWorker.infer_batch.
         kl_estimator: "exact", "k2" or "k3".
 
@@ -107,6 +108,10 @@ def joint_infer_batch(actor: Any, ref: Any, data: TensorDict, kl_estimator: str)
         What TrainingWorker.infer_batch returns, with nested [B, prompt + response] `log_probs`, `entropy`,
         `ref_log_probs` and `token_kl`, in nats; None on ranks that collect nothing.
     """
+    if actor.engine_config.strategy == "megatron":
+        from verl_patches.megatron_pass import megatron_infer_batch  # needs Megatron Core
+
+        return megatron_infer_batch(actor, ref, data, kl_estimator)
     with ref.engine.eval_mode():
         if actor.engine_config.use_fused_kernels:
             tu.assign_non_tensor(data, compute_loss=False, calculate_entropy=True)

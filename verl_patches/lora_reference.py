@@ -9,6 +9,7 @@ import contextlib
 from typing import Any
 
 from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
 
 
 class AdaptersOff:
@@ -20,6 +21,12 @@ class AdaptersOff:
 
     def __init__(self, actor: Any):
         self.engine = EngineWithAdaptersOff(actor.engine)
+        self._actor = actor
+
+    def infer_batch(self, data: TensorDict) -> TensorDict | None:
+        """As TrainingWorker.infer_batch."""
+        tu.assign_non_tensor(data, no_lora_adapter=True)  # verl's own word for it
+        return self._actor.infer_batch(data)
 
 
 class EngineWithAdaptersOff:

@@ -167,6 +167,8 @@ def _trainer(config: Any) -> Iterator[str]:
 
 def _model(config: Any) -> Iterator[str]:
     model = config.actor_rollout_ref.model
+    if config.actor_rollout_ref.actor.strategy == "megatron":
+        return  # verl_patches.megatron_checks
     if model.get("lora_adapter_path") is not None:
         yield (
             f"actor_rollout_ref.model.lora_adapter_path={model.lora_adapter_path}: the reference is the model with its adapters "

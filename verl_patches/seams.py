@@ -74,7 +74,8 @@ SEAMS = (
         name="trainer, worker, joint pass and value loss",
         module="verl.trainer.ppo.v1",
         install="verl_patches.family_trainer:install",
-        touches="PPOTrainer.__new__, role_worker_mapping, ActorRolloutRefWorker, TrainingWorker",
+        touches="PPOTrainer.__new__, role_worker_mapping, ActorRolloutRefWorker, TrainingWorker, "
+        "MegatronEngineWithLMHead._lm_head_logits_processor",
         how="subclass",
         until="verl hands a registered policy loss the reference's log-probs and other fields of the batch, and a per-token "
         "statistic of both models' logits can be registered",

@@ -64,6 +64,12 @@ class VimpoTrainingWorker(TrainingWorker):
         if not self.kappa_in_update:
             yield
             return
+        if self.engine_config.strategy == "megatron":
+            from verl_patches.megatron_pass import megatron_kappa_in_update  # needs Megatron Core
+
+            with megatron_kappa_in_update(self, self.reference, data):
+                yield
+            return
         with self.reference.engine.eval_mode():
             if self.engine_config.use_fused_kernels:
                 with fused_heads(self.engine, self.reference.engine, with_policy=False):
@@ -93,7 +99,8 @@ class VimpoActorRolloutRefWorker(FamilyWorker):
     def _find_reference(self) -> TrainingWorker | AdaptersOff:
         if self.ref is not None:
             return self.ref
-        if self.actor.model_config.lora_rank > 0 or self.actor.model_config.lora_adapter_path:
+        model = self.actor.model_config
+        if model.lora_rank > 0 or model.lora_adapter_path or model.lora.get("rank", 0) > 0:
             return AdaptersOff(self.actor)
         raise RuntimeError(
             f"VIMPO needs the reference model in the worker of the policy, but this worker's role is {self.role!r} and "

@@ -1,0 +1,223 @@
+"""Megatron Core on a CPU, for the tests: what it asks of CUDA and of Transformer Engine, answered without them.
+
+`install()` in a process of its own, before verl's Megatron engine is imported. What it stands in for: calls of torch.cuda,
+tensors on the device "cuda", and the attention kernel, by an attention over packed sequences and context-parallel slices. All
+else is Megatron Core's and mbridge's: layers, parallel regions, pipelines, schedules, gradients, optimiser, weights.
+"""
+
+import contextlib
+import functools
+import sys
+from pathlib import Path
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _OnTheCPU(TorchFunctionMode):
+    """What is asked for on a GPU, or in pinned memory, is made on the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1:  # Megatron's clipping asserts on the name
+            return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args, **kwargs)
+
+
+# Where examples/setup_env.sh puts Megatron Core and mbridge, out of the way of all other tests.
+FOLDER = Path(sys.prefix) / "megatron"
+
+
+def install() -> None:
+    sys.path.insert(0, str(FOLDER))
+    _torch_cuda()
+    _random_numbers()
+    _layers()
+    _experts()
+    _weight_names()
+    _fused_kernel()
+    _engine()
+
+
+def _torch_cuda() -> None:
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.synchronize = lambda *_: None
+    torch.nn.Module.cuda = lambda self, device=None: self
+    _OnTheCPU().__enter__()  # for the life of the process
+
+
+def _random_numbers() -> None:
+    import megatron.core.tensor_parallel.random as random
+
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _layers() -> None:
+    """mbridge asks for Transformer Engine's layers; Megatron Core has its own of each but the packed attention."""
+    import mbridge.core.llm_bridge as llm_bridge
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    @functools.wraps(gpt_layer_specs.get_gpt_decoder_block_spec)
+    def local_spec(config, use_transformer_engine, **settings):
+        spec = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=False, **settings)
+        spec.layer_norm = Norm
+        for layer in spec.layer_specs:
+            attention = layer.submodules.self_attention.submodules
+            attention.core_attention = PackedAttention
+            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+            if config.qk_layernorm:
+                attention.q_layernorm = attention.k_layernorm = Norm
+            if config.num_moe_experts:
+                layer.submodules.mlp.submodules.experts = Experts
+        return spec
+
+    llm_bridge.get_gpt_decoder_block_spec = local_spec
+
+
+def _experts() -> None:
+    """What the exchange of tokens asks of CUDA's streams, and the router of Transformer Engine."""
+    from megatron.core.transformer.moe import moe_utils
+
+    class Stream:
+        def __init__(self, *_, **__):
+            """Whatever is asked of it has been done."""
+
+        def __getattr__(self, name):
+            return lambda *_: self
+
+    torch.cuda.Stream, torch.cuda.current_stream = Stream, Stream
+    torch.cuda.stream = lambda _: contextlib.nullcontext()
+    torch.Tensor.record_stream = lambda self, stream: None
+    moe_utils.te_general_gemm = None
+
+
+def _weight_names() -> None:
+    """Transformer Engine's layers have the norms before them inside, Megatron Core's own have not."""
+    from mbridge.core.bridge import Bridge
+
+    original = Bridge._weight_name_mapping_mcore_to_hf
+
+    def mapping(self, name):
+        try:
+            return original(self, name)
+        except NotImplementedError:
+            inside = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+            return original(self, inside.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"))
+
+    Bridge._weight_name_mapping_mcore_to_hf = mapping
+
+
+def _fused_kernel() -> None:
+    """verl's Triton kernel, by verl's functions for logits; like it, it leaves it to sequence parallelism to add up gradients."""
+    from verl.models.mcore import model_forward_fused
+    from verl.utils.megatron.tensor_parallel import vocab_parallel_entropy, vocab_parallel_log_probs_from_logits
+
+    def linear_cross_entropy(hidden, weight, labels, temperature, *_):
+        logits = (hidden @ weight.t()).transpose(0, 1) / temperature
+        return vocab_parallel_log_probs_from_logits(logits.clone(), labels), vocab_parallel_entropy(logits)
+
+    model_forward_fused.linear_cross_entropy = linear_cross_entropy
+
+
+def _engine() -> None:
+    from verl.workers.engine.base import EngineRegistry
+    from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
+
+    register = EngineRegistry.register(model_type="language_model", backend="megatron", device="cpu")
+    register(type("CPUMegatronEngineWithLMHead", (MegatronEngineWithLMHead,), {}))
+
+
+class Norm:
+    """torch's RMSNorm, whose weight Megatron is told about where its inputs are slices of the sequence."""
+
+    def __new__(cls, config, hidden_size, eps=1e-5, **_):
+        norm = torch.nn.RMSNorm(hidden_size, eps=eps, dtype=config.params_dtype)
+        norm.weight.sequence_parallel = config.sequence_parallel
+        return norm
+
+
+class Experts(torch.nn.Module):
+    """The experts of this rank, one after the other, with the weights' names of Transformer Engine's grouped layers."""
+
+    def __init__(self, num_local_experts, config, *_, **__):
+        super().__init__()
+        self.number, inner = num_local_experts, config.moe_ffn_hidden_size
+        self.linear_fc1, self.linear_fc2 = torch.nn.Module(), torch.nn.Module()
+        shapes = {self.linear_fc1: (2 * inner, config.hidden_size), self.linear_fc2: (config.hidden_size, inner)}
+        for layer, shape in shapes.items():
+            for i in range(num_local_experts):
+                weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
+                weight.allreduce = config.expert_model_parallel_size == 1  # False: other ranks have other experts
+                layer.register_parameter(f"weight{i}", weight)
+
+    def forward(self, hidden, tokens_per_expert, probs):
+        """[n, D] in the order of the experts, [n] weights -> [n, D]."""
+        outputs = []
+        for i, x in enumerate(hidden.split(tokens_per_expert.tolist())):
+            gate, up = (x @ getattr(self.linear_fc1, f"weight{i}").t()).chunk(2, dim=-1)
+            outputs.append((torch.nn.functional.silu(gate) * up) @ getattr(self.linear_fc2, f"weight{i}").t())
+        return torch.cat(outputs) * probs.unsqueeze(-1), None
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal attention inside each packed sequence, of which context-parallel ranks have a slice from either end."""
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **_):
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(self, query, key, value, attention_mask, packed_seq_params=None, **_):
+        """[n, heads, dim] packed -> the same; [s, b, heads, dim] -> [s, b, heads * dim], padded on the right."""
+        if packed_seq_params is None:
+            output = _attention(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), None, self.scale)
+            return output.permute(2, 0, 1, 3).flatten(2)
+        from megatron.core import parallel_state as mpu
+
+        ranks, rank, group = (
+            mpu.get_context_parallel_world_size(),
+            mpu.get_context_parallel_rank(),
+            mpu.get_context_parallel_group(),
+        )
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        where = [_places(bounds, r, ranks) for r in range(ranks)]
+        if ranks > 1:
+            gather = torch.distributed.nn.functional.all_gather
+            key, value = (torch.cat(gather(x.contiguous(), group=group)) for x in (key, value))
+        sequence, position = (torch.cat(x) for x in zip(*where, strict=True))
+        mine = where[rank]
+        allowed = (mine[0].unsqueeze(1) == sequence) & (mine[1].unsqueeze(1) >= position)
+        output = _attention(*(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)), allowed, self.scale)
+        return output.squeeze(0).transpose(0, 1)
+
+
+def _places(bounds, rank, ranks):
+    """Sequence and position of every row that a rank has."""
+    sequences, positions = [], []
+    for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        half = (end - start) // (2 * ranks)
+        whole = torch.arange(end - start)
+        rows = (
+            whole
+            if ranks == 1
+            else torch.cat([whole[rank * half :][:half], whole[(2 * ranks - 1 - rank) * half :][:half]])
+        )
+        positions.append(rows)
+        sequences.append(torch.full_like(rows, i))
+    return torch.cat(sequences), torch.cat(positions)
+
+
+def _attention(query, key, value, allowed, scale):
+    """[b, heads, s, dim]; fewer heads of key and value are shared."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=scale
+    )

@@ -1,0 +1,162 @@
+"""Claim: on verl's real Megatron engine a step of VIMPO is the one on verl's FSDP engine, however Megatron splits the work.
+
+With the same weights, through mbridge: old log-probs, entropy, reference log-probs and exact KL of every response token,
+gradients before clipping, parameters after two updates, logged losses. Tensor, sequence, pipeline (also interleaved), context and
+data parallelism, packed and padded, dynamic batches, the fused head, kappa_policy=current, sampled KLs. The FSDP engine's step is
+that of the formula (test_engine.py).
+
+On gloo ranks of this machine, with what megatron_on_cpu.py stands in for. Not covered: Transformer Engine, verl's fused kernel
+itself, NCCL, GPUs, the distributed optimiser, offload, Megatron-Bridge and its adapters, mixtures of experts.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from engine_harness import Setting, gather_rows, joint_pass, make_models, run_on_ranks, run_step
+from engine_samples import make_samples
+from megatron_harness import MegatronSetting, make_megatron_workers
+from megatron_on_cpu import FOLDER
+
+pytestmark = [
+    pytest.mark.skipif(not FOLDER.is_dir(), reason="made by bash tests/run.sh --setup"),
+    pytest.mark.timeout(1200),  # two ranks do all steps in one go
+]
+
+
+TOLERANCE = 2e-5  # float32 on both engines, whose sums are of different order
+STEP = {"lr": 0.1, "epochs": 2, "knobs": {"actor_coeff": 0.3, "actor_trust": False}}
+CURRENT = {"knobs": {**STEP["knobs"], "kappa_policy": "current"}}
+K3 = {"knobs": {**STEP["knobs"], "kl_estimator": "k3"}}
+BUCKETS = {"pad_to_length": True, "pad_to_length_bucket": 32}
+PER_TOKEN = {"transformer": {"calculate_per_token_loss": True}}
+
+# Name -> how Megatron splits the work on two ranks, and what of the setting changes the result.
+LAYOUTS = {
+    "tensor parallel, with sequence parallelism": ({"tensor_parallel": 2}, {}),
+    "tensor parallel, padded": ({"tensor_parallel": 2, "sequence_parallel": False, "use_remove_padding": False}, {}),
+    "tensor parallel, padded to a length": ({"tensor_parallel": 2, "engine": BUCKETS}, {}),
+    "tensor parallel, dynamic batches": ({"tensor_parallel": 2, "micro_batch_size": None}, {"temperature": 0.7}),
+    "tensor parallel, fused head": ({"tensor_parallel": 2, "use_fused_kernels": True}, {"temperature": 0.7}),
+    "tensor parallel, current kappa": ({"tensor_parallel": 2}, CURRENT),
+    "pipeline": ({"pipeline_parallel": 2}, {}),
+    "pipeline, interleaved": ({"pipeline_parallel": 2, "virtual_pipeline": 2}, {}),
+    "pipeline, dynamic batches": ({"pipeline_parallel": 2, "micro_batch_size": None}, {"temperature": 0.7}),
+    "pipeline, fused head": ({"pipeline_parallel": 2, "use_fused_kernels": True}, {}),
+    "pipeline, current kappa": ({"pipeline_parallel": 2}, CURRENT),
+    "pipeline, k3": ({"pipeline_parallel": 2}, K3),
+    "tensor parallel, adapters": ({"tensor_parallel": 2, "adapters": True}, {}),
+    "pipeline, fused head, adapters, k3": ({"pipeline_parallel": 2, "adapters": True, "use_fused_kernels": True}, K3),
+    "pipeline, fused head, adapters": ({"pipeline_parallel": 2, "adapters": True, "use_fused_kernels": True}, {}),
+    "context parallel, loss per token": ({"context_parallel": 2, **PER_TOKEN}, {}),
+    "context parallel, dynamic batches": ({"context_parallel": 2, "micro_batch_size": None, **PER_TOKEN}, {}),
+    "context parallel, fused head": ({"context_parallel": 2, "use_fused_kernels": True, **PER_TOKEN}, {}),
+    "data parallel": ({}, {}),
+}
+
+
+# Name -> layouts in which policy and reference have the same weights, in bfloat16.
+EQUAL = {
+    "tensor parallel": {"tensor_parallel": 2},
+    "tensor parallel, fused head": {"tensor_parallel": 2, "use_fused_kernels": True},
+    "pipeline": {"pipeline_parallel": 2},
+}
+
+
+def even_samples():
+    """Of an even number of tokens each: verl counts the tokens of a context-parallel rank by a division that rounds down."""
+    return [replace(s, prompt=s.prompt[(len(s.prompt) + len(s.response)) % 2 :]) for s in make_samples()]
+
+
+def fsdp_steps(rank, models, settings):
+    return [run_step(models, setting, even_samples()) for setting in settings]
+
+
+def megatron_steps(rank, models, settings):
+    import megatron_on_cpu
+
+    megatron_on_cpu.install()
+    from megatron.core import parallel_state as mpu
+
+    results = []
+    for setting in settings:
+        if setting.equal_models:
+            workers = make_megatron_workers(models, setting)
+            results.append(gather_rows(joint_pass(workers, even_samples(), setting)))
+        else:
+            results.append(run_step(models, setting, even_samples()))
+        mpu.destroy_model_parallel()
+    return results
+
+
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory):
+    """Folder with a policy and a reference that a pipeline of two stages of two can share."""
+    folder = tmp_path_factory.mktemp("four_layers")
+    make_models(folder, layers=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(four_layers):
+    """What changes the result -> the step on the FSDP engine."""
+    changes = {repr(changed): changed for _, changed in LAYOUTS.values()}
+    settings = [Setting(**{**STEP, **changed}) for changed in changes.values()]
+    (results,) = run_on_ranks(1, fsdp_steps, four_layers, settings)
+    return dict(zip(changes, results, strict=True))
+
+
+@pytest.fixture(scope="module")
+def found(four_layers):
+    """Layout -> the step on the Megatron engine, of each rank."""
+    settings = [MegatronSetting(**{**STEP, **layout, **changed}) for layout, changed in LAYOUTS.values()]
+    settings += [MegatronSetting(equal_models=True, dtype="bf16", **layout) for layout in EQUAL.values()]
+    by_rank = run_on_ranks(2, megatron_steps, four_layers, settings)
+    names = [*LAYOUTS, *(f"{name}, equal weights" for name in EQUAL)]
+    return {name: [results[i] for results in by_rank] for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_is_that_of_the_fsdp_engine(expected, found, layout):
+    for step in found[layout]:
+        assert_same_step(step, expected[repr(LAYOUTS[layout][1])])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_are_logged_as_those_of_the_global_mini_batch(expected, found, layout):
+    wanted = expected[repr(LAYOUTS[layout][1])].metrics
+    logged = next(step.metrics for step in found[layout] if "loss" in step.metrics)  # of ranks that collect
+    for name in ("vimpo/value_loss", "vimpo/actor_loss", "loss", "vimpo/kl"):
+        assert logged[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("layout", EQUAL)
+def test_equal_weights_give_a_kl_of_exactly_zero(found, layout):
+    """In bfloat16, in which the reference's hidden states have been to the host and back."""
+    for rows in found[f"{layout}, equal weights"]:
+        kl = torch.cat(rows["token_kl"])
+        assert len(kl) > 0 and torch.equal(kl, torch.zeros_like(kl))
+        assert torch.equal(torch.cat(rows["log_probs"]), torch.cat(rows["ref_log_probs"]))
+        assert torch.cat(rows["entropy"]).min() > 0.1
+
+
+def assert_same_step(found, expected):
+    for name, rows in expected.per_token.items():
+        assert_close(torch.cat(found.per_token[name]), torch.cat(rows))
+    assert len(found.gradients) == len(expected.gradients) == 2
+    for mine, theirs in zip(found.gradients, expected.gradients, strict=True):
+        assert_same_tensors(mine, theirs)
+    assert_same_tensors(found.parameters, expected.parameters)
+
+
+def assert_close(actual, wanted):
+    assert wanted.abs().max() > 0
+    assert (actual - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+
+
+def assert_same_tensors(actual, wanted):
+    """Relative to the norm of them all."""
+    assert actual.keys() == wanted.keys()
+    difference = sum((actual[name] - wanted[name]).square().sum() for name in wanted)
+    norm = sum(tensor.square().sum() for tensor in wanted.values())
+    assert norm > 0 and (difference / norm).sqrt() <= TOLERANCE
