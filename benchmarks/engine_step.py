@@ -1,11 +1,12 @@
 """Joint pass and update of VIMPO against GRPO's passes, on verl's own FSDP engine: time, peak memory, model forwards.
 
 Side by side in one process, with the workers of tests/engine_harness.py and a random-weight Qwen3 of the given shape.
-Three recipes: GRPO (old log-probs, update), GRPO with KL (old, reference, update with KL loss), VIMPO (joint pass,
-update). Everything of a step but generation. The stages of all recipes are timed in turn; a ratio is to GRPO with KL
-in the same round: the median over the rounds, and the smallest and largest. --tokens, --vocabulary and --ranks take
-several values, for growth: each is varied with the first of the others. Several ranks are processes of one gloo group,
-which share the tokens and this machine. --clock cpu counts processor seconds, for a machine that others use, too.
+Four recipes: GRPO (old log-probs, update), GRPO with KL (old, reference, update with KL loss), VIMPO in two passes (joint
+pass, update) and in one (update). Everything of a step but generation. The stages of all recipes are timed in turn; one ratio
+is to GRPO and one to GRPO with KL, in the same round: the median over the rounds, and the smallest and largest. --tokens,
+--vocabulary and --ranks take several values, for growth: each is varied with the first of the others. Several ranks are
+processes of one gloo group, which share the tokens and this machine. --clock cpu counts processor seconds, for a machine that
+others use, too.
 
     python benchmarks/engine_step.py --repeats 9 --json benchmarks/results/engine_step_cpu.json
     OMP_NUM_THREADS=1 python benchmarks/engine_step.py --tokens 1024 512 2048 \\
@@ -17,6 +18,7 @@ which share the tokens and this machine. --clock cpu counts processor seconds, f
 import contextlib
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -31,6 +33,8 @@ import torch
 from report import arguments, interleaved, save, show, spread
 from tensor_memory import TensorMemory, extra_bytes
 
+from vimpo_verl.one_pass import Statistics
+
 # hidden, intermediate, layers, heads, key-value heads, head dimension
 SHAPES = {
     "tiny": (64, 128, 2, 4, 2, 16),
@@ -39,7 +43,7 @@ SHAPES = {
     "qwen3-1.7b": (2048, 6144, 28, 16, 8, 128),
     "qwen3-4b": (2560, 9728, 36, 32, 8, 128),
 }
-RECIPES = ("grpo", "grpo_kl", "vimpo")
+RECIPES = ("grpo", "grpo_kl", "vimpo", "vimpo_one_pass")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -94,6 +98,9 @@ class Stages:
             config=harness.knobs_of(setting),
             lam=1.0,
         )
+        # Equal models have no advantages; those of a batch before that had some.
+        before = Statistics(advantage_mean=0.0, advantage_std=0.1, residual_rms=0.5, outcome_correlation=0.5)
+        self.one_pass_data = harness.one_pass_data(samples, self.batch, replace(setting, before=before))
 
     def of(self, recipe: str) -> dict[str, Any]:
         """Name -> what to call."""
@@ -103,6 +110,7 @@ class Stages:
             "grpo": {**old, "update": partial(self.update, kl=False)},
             "grpo_kl": {**old, **ref, "update": partial(self.update, kl=True)},
             "vimpo": {"joint pass": self.joint_pass, "update": self.update_vimpo},
+            "vimpo_one_pass": {"update": self.update_in_one_pass},
         }[recipe]
 
     def joint_pass(self):
@@ -115,6 +123,10 @@ class Stages:
     def update_vimpo(self):
         self.workers.actor.set_loss_fn(self.vimpo_loss)
         return self._train()
+
+    def update_in_one_pass(self):
+        self.workers.actor.set_loss_fn(self.vimpo_loss)
+        return self.workers.actor.train_mini_batch(self.one_pass_data[self.mine])
 
     def update(self, kl: bool):
         from verl.workers.config import FSDPActorConfig
@@ -166,7 +178,7 @@ def measure(stages: Stages, repeats: int, clock: str) -> dict[str, dict[str, Any
         found[recipe] = {
             "step s": [sum(stages_s) for stages_s in rounds],
             "update bytes": update_bytes,
-            "passes bytes": max(used.values()),
+            "passes bytes": max(used.values(), default=0),
             "forwards": forwards,
         }
     return found
@@ -174,21 +186,27 @@ def measure(stages: Stages, repeats: int, clock: str) -> dict[str, dict[str, Any
 
 def rows_of(found: dict[str, dict[str, Any]], **where: int) -> list[dict]:
     """A row for each recipe."""
-    base, rows = found["grpo_kl"], []
+    base, rows = found["grpo"], []
     for recipe, mine in found.items():
-        ratios = [own / kl for own, kl in zip(mine["step s"], base["step s"], strict=True)]
+        to = {
+            name: [own / others for own, others in zip(mine["step s"], found[name]["step s"], strict=True)]
+            for name in ("grpo", "grpo_kl")
+        }
         rows.append(
             {
                 **where,
                 "recipe": recipe,
                 "forwards a sequence": mine["forwards"],
                 "step s": median(mine["step s"]),
-                "step ratio": median(ratios),
-                "rounds": spread(ratios),
+                "to GRPO": median(to["grpo"]),
+                "rounds": spread(to["grpo"]),
+                "to GRPO with KL": median(to["grpo_kl"]),
+                "rounds with KL": spread(to["grpo_kl"]),
                 "update MB": mine["update bytes"] / 1e6,
                 "update ratio": mine["update bytes"] / base["update bytes"],
                 "passes MB": mine["passes bytes"] / 1e6,
-                "passes ratio": mine["passes bytes"] / base["passes bytes"],
+                "peak ratio": max(mine["update bytes"], mine["passes bytes"])
+                / max(base["update bytes"], base["passes bytes"]),
             }
         )
     return rows

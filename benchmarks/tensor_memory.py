@@ -17,14 +17,19 @@ from torch.utils._pytree import tree_leaves
 class TensorMemory(TorchDispatchMode):
     """Counts the bytes of storages made inside the block and still alive.
 
+    Args:
+        large_elements: what `large` counts; None, nothing.
+        last_dimension: count the bytes of tensors alone that have this size there when they are made, such as logits.
+
     Attributes:
         live: bytes alive now.
         peak: the largest `live` so far.
         large: shapes of tensors of at least `large_elements` elements made inside the block -> how many.
     """
 
-    def __init__(self, large_elements: int | None = None):
+    def __init__(self, large_elements: int | None = None, last_dimension: int | None = None):
         super().__init__()
+        self.last_dimension = last_dimension
         self.live = self.peak = 0
         self.large: dict[tuple[int, ...], int] = {}
         self.large_elements = large_elements
@@ -49,7 +54,7 @@ class TensorMemory(TorchDispatchMode):
         if key in self._seen or not size:
             return
         self._seen.add(key)
-        counted = size if new else 0
+        counted = size if new and self._is_counted(tensor) else 0
         self.live += counted
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._forget, key, counted)
@@ -58,6 +63,9 @@ class TensorMemory(TorchDispatchMode):
         if self.large_elements and tensor.numel() >= self.large_elements:
             shape = tuple(tensor.shape)
             self.large[shape] = self.large.get(shape, 0) + 1
+
+    def _is_counted(self, tensor: torch.Tensor) -> bool:
+        return self.last_dimension is None or tensor.shape[-1:] == (self.last_dimension,)
 
     def _forget(self, key: int, size: int) -> None:
         self._seen.discard(key)

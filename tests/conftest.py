@@ -56,6 +56,16 @@ def tied_models(models):
     return models / "tied"
 
 
+@pytest.fixture(scope="session")
+def moe_models(tmp_path_factory):
+    """Folder with a tiny policy and reference that are mixtures of experts."""
+    import engine_harness
+
+    folder = tmp_path_factory.mktemp("moe")
+    engine_harness.make_moe_models(folder)
+    return folder
+
+
 @pytest.fixture
 def poisoned_outputs(monkeypatch):
     """Whatever a function makes by new_empty and does not write is NaN."""

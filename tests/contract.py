@@ -74,6 +74,18 @@ CONTRACT = {
         (f"{ONE_STEP_OFF}.__init__", Mentions(("config", "_create_dataloader"))),
         (f"{FULLY_ASYNC}.__ray_actor_class__.__init__", Mentions(("config", "_create_dataloader"))),
     ],
+    "presence in every process": [
+        ("omegaconf:OmegaConf.register_new_resolver", Called(2, ("replace",))),
+        # before the trainer is made
+        ("verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.run", Mentions(("OmegaConf", "resolve"))),
+    ],
+    "refusal of other runners": [
+        ("verl.trainer.main_ppo:run_ppo", Parameters(("config", "task_runner_class"))),
+        ("verl.trainer.main_ppo:TaskRunnerV1", Holds(())),
+        ("verl.trainer.main_ppo_v0:BaseTaskRunner", Holds(())),
+        ("verl.experimental.one_step_off_policy.main_ppo:main.__wrapped__", Mentions(("run_ppo", "OneStepTaskRunner"))),
+        ("verl.experimental.fully_async_policy.fully_async_main:main.__wrapped__", Mentions(("run_ppo",))),
+    ],
     "trainer, worker, joint pass and value loss": [
         ("verl.trainer.ppo.v1.trainer_base:TRAINER_REGISTRY", Holds(("sync", "colocate_async"))),
         ("verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.run", Mentions(("get_trainer_cls", "config"))),

@@ -11,16 +11,20 @@ CLIP_LOW, CLIP_HIGH, CLIP_DUAL = 0.2, 0.28, 10.0
 
 
 def load(path: Path):
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    vision = hasattr(AutoConfig.from_pretrained(path), "vision_config")
 
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **plain).eval()
+    auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    return auto.from_pretrained(path, dtype=torch.float64, **plain).eval()
 
 
 def log_distributions(model, sample, temperature) -> torch.Tensor:
     """[T, V]: log pi( . | prompt, y_<t) for every response token."""
     tokens = torch.tensor([sample.prompt + sample.response])
-    logits = model(input_ids=tokens).logits[0] / temperature
+    image = sample.image.for_transformers() if sample.image else {}
+    logits = model(input_ids=tokens, **image).logits[0] / temperature
     first = len(sample.prompt) - 1
     return torch.log_softmax(logits[first : first + len(sample.response)], dim=-1)
 

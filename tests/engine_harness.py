@@ -17,6 +17,8 @@ import ulysses_on_cpu
 from engine_samples import EOS, VOCABULARY, Sample, nested, padded, response_part, to_tensordict
 from tensordict import TensorDict
 
+from vimpo_verl.one_pass import Statistics
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -40,6 +42,7 @@ class Setting:
     knobs: dict = field(default_factory=dict)
     actor: dict = field(default_factory=dict)
     equal_models: bool = False
+    before: Statistics | None = None  # of the batch before, for run_one_pass_step
 
 
 def make_models(folder: Path, tied: bool = False, layers: int = 2) -> None:
@@ -55,7 +58,23 @@ def make_models(folder: Path, tied: bool = False, layers: int = 2) -> None:
         bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS, initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config)
+    _save_near_each_other(Qwen3ForCausalLM(config), folder)
+
+
+def make_moe_models(folder: Path) -> None:
+    """The same of Qwen3's mixtures of experts."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_experts=4,
+        num_experts_per_tok=2, norm_topk_prob=True, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, max_position_embeddings=512, bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    _save_near_each_other(Qwen3MoeForCausalLM(config), folder)
+
+
+def _save_near_each_other(model, folder: Path) -> None:
     model.save_pretrained(folder / "policy")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -215,6 +234,34 @@ def run_step(models: Path, setting: Setting, samples: list[Sample], workers: Wor
     return StepResult(per_token, batch, gradients, parameters_of(workers.actor.engine), {**batch.metrics, **metrics})
 
 
+def run_one_pass_step(
+    models: Path, setting: Setting, samples: list[Sample], workers: Workers | None = None
+) -> StepResult:
+    """The same without a pass before the update: `per_token` is empty, and the batch's metrics come from the update."""
+    from verl.utils.metric import reduce_metrics
+
+    from vimpo_verl.batch import compute_targets
+
+    workers = workers or make_workers(models, setting)
+    batch = compute_targets(
+        response_mask=padded([torch.tensor(s.mask) for s in samples]),
+        outcome=torch.tensor([s.outcome for s in samples]),
+        group=[s.uid for s in samples],
+        config=knobs_of(setting),
+        before=setting.before,
+        is_padding=torch.tensor([s.is_padding for s in samples]),
+    )
+    engine = workers.actor.engine
+    mine = slice_of_rank(len(samples), engine.get_data_parallel_rank(), engine.get_data_parallel_size())
+    data = one_pass_data(samples, batch, setting)[mine]
+    gradients = []
+    with recorded_gradients(engine, gradients):
+        output = workers.actor.train_mini_batch(data)
+    metrics = reduce_metrics(dict(output["metrics"])) if output is not None else {}
+    metrics = {name.removeprefix("of_batch/"): value for name, value in metrics.items()}
+    return StepResult({}, batch, gradients, parameters_of(engine), {**batch.metrics, **metrics})
+
+
 def _make_workers_of(setting: Setting):
     if setting.strategy != "megatron":
         return make_workers
@@ -255,6 +302,22 @@ class training_data:
         self.samples, self.per_token, self.batch, self.setting = samples, per_token, batch, setting
 
     def __getitem__(self, mine: slice) -> TensorDict:
+        data = self.basics(mine)
+        samples = self.samples[mine]
+        for name, source in {
+            "old_log_probs": "log_probs",
+            "ref_log_prob": "ref_log_probs",
+            "token_kl": "token_kl",
+        }.items():
+            data[name] = nested(self.per_token[source][mine])
+        data["advantages"] = self.over_response(self.batch.advantages[mine], samples)
+        return data
+
+    def over_response(self, rows: torch.Tensor, samples: list[Sample]) -> torch.Tensor:
+        return nested([row[: len(s.response)] for row, s in zip(rows, samples, strict=True)])
+
+    def basics(self, mine: slice) -> TensorDict:
+        """What is the same in one pass and in two."""
         samples, setting = self.samples[mine], self.setting
         mini_batch_size = len(self.samples) // setting.mini_batches
         data = to_tensordict(
@@ -271,16 +334,34 @@ class training_data:
             vimpo_actor_coeff=self.batch.actor_coeff,
             vimpo_beta=self.batch.beta.value,
         )
-        for name, source in {
-            "old_log_probs": "log_probs",
-            "ref_log_prob": "ref_log_probs",
-            "token_kl": "token_kl",
-        }.items():
-            data[name] = nested(self.per_token[source][mine])
-        for name in ("advantages", "returns"):
-            rows = getattr(self.batch, name)[mine]
-            data[name] = nested([row[: len(s.response)] for row, s in zip(rows, samples, strict=True)])
+        data["returns"] = self.over_response(self.batch.returns[mine], samples)
         data["vimpo_is_real"] = torch.tensor([float(not s.is_padding) for s in samples])
+        return data
+
+
+class one_pass_data(training_data):
+    """The same in one pass: the update finds log-probs, kappa and advantages."""
+
+    def __init__(self, samples, batch, setting):
+        super().__init__(samples, {}, batch, setting)
+
+    def __getitem__(self, mine: slice) -> TensorDict:
+        from verl.utils import tensordict_utils as tu
+
+        samples, before = self.samples[mine], self.setting.before
+        data = self.basics(mine)
+        names = list(dict.fromkeys(s.uid for s in self.samples))
+        data["vimpo_group"] = torch.tensor([names.index(s.uid) for s in samples])
+        data["vimpo_outcome"] = torch.tensor([s.outcome for s in samples])
+        data["vimpo_row"] = torch.arange(len(self.samples))[mine]
+        tu.assign_non_tensor(
+            data,
+            vimpo_one_pass=True,
+            vimpo_lam=self.setting.lam,
+            vimpo_step=1,
+            vimpo_advantage_mean=before.advantage_mean if before else 0.0,
+            vimpo_advantage_std=before.advantage_std if before else -1.0,
+        )
         return data
 
 

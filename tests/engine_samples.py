@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
-from tensordict import TensorDict
+from tensordict import NonTensorStack, TensorDict
 
 VOCABULARY = 48
 EOS = 1
@@ -20,6 +20,7 @@ class Sample:
     mask: tuple[int, ...]
     outcome: float
     is_padding: bool = False
+    image: object = None  # tests/vision_models.py: what a vision-language model is given beside the tokens
 
 
 def make_samples(seed: int = 0, prompts: int = 4, group_size: int = 2, tool_tokens: bool = True) -> list[Sample]:
@@ -80,15 +81,22 @@ def to_tensordict(samples: list[Sample], **meta) -> TensorDict:
 
     fields = {
         "input_ids": nested([s.prompt + s.response for s in samples]),
-        "position_ids": nested([range(len(s.prompt + s.response)) for s in samples]),
+        "position_ids": nested([position_ids(s) for s in samples]),
         "prompts": nested([s.prompt for s in samples]),
         "responses": nested([s.response for s in samples]),
         "response_mask": nested([s.mask for s in samples]),
         "loss_mask": nested([s.mask for s in samples]),
     }
+    if any(s.image for s in samples):
+        fields["multi_modal_inputs"] = NonTensorStack(*[s.image.inputs if s.image else {} for s in samples])
     data = TensorDict(fields, batch_size=len(samples))
     tu.assign_non_tensor(data, **meta)
     return data
+
+
+def position_ids(sample: Sample):
+    """[T] tokens' positions, or [4, T] with those of an image's rows and columns, as verl stores them."""
+    return sample.image.position_ids if sample.image else range(len(sample.prompt + sample.response))
 
 
 def padded(rows: list[torch.Tensor]) -> torch.Tensor:

@@ -97,6 +97,14 @@ def _experts() -> None:
     torch.cuda.stream = lambda _: contextlib.nullcontext()
     torch.Tensor.record_stream = lambda self, stream: None
     moe_utils.te_general_gemm = None
+    all_to_all = torch.distributed.all_to_all_single
+
+    def from_tensors(output, given, output_split_sizes=None, input_split_sizes=None, **settings):
+        """Megatron makes lists of numbers of tensors on a GPU alone."""
+        sizes = ([int(n) for n in x] if x is not None else None for x in (output_split_sizes, input_split_sizes))
+        return all_to_all(output, given, *sizes, **settings)
+
+    torch.distributed.all_to_all_single = from_tensors
 
 
 def _weight_names() -> None:

@@ -79,6 +79,7 @@ def loop_metrics(inputs, expected):
         "vimpo/kl": _mean([inputs["token_kl"][i, t].item() for i in range(8) for t in range(LENGTH) if mask[i, t]]),
         "vimpo/residual_rms": math.sqrt(sum(n * x * x for n, x in zip(lengths, residuals, strict=True)) / tokens),
         "vimpo/target_rms": math.sqrt(sum(n * x * x for n, x in zip(lengths, expected["targets"], strict=True)) / tokens),
+        "vimpo/advantage_mean": _mean(raw),
         "vimpo/advantage_std": math.sqrt(sum((a - _mean(raw)) ** 2 for a in raw) / (len(raw) - 1)),
         "vimpo/outcome_correlation": _dot(s, r) / math.sqrt(_dot(s, s) * _dot(r, r)),
         "vimpo/value_explained_variance": 1

@@ -34,7 +34,8 @@ def test_the_defaults_are_those_of_the_design():
     assert asdict(VimpoConfig()) == {
         "beta": "auto", "beta_scale": 0.5, "actor_coeff": "auto", "actor_alpha": 0.1, "actor_trust": True,
         "kl_estimator": "exact", "whiten": True, "use_actor": True, "value_loss_type": "squared_error", "huber_delta": 0.5,
-        "baseline": "group_mean", "baseline_cap": None, "kappa_policy": "old", "preset": None, "ref_refresh_every": None,
+        "baseline": "group_mean", "baseline_cap": None, "kappa_policy": "old", "passes": "auto", "preset": None,
+        "ref_refresh_every": None,
         "stage_timeout": "auto", "validation_timeout": "auto", "startup_timeout": "auto",
     }  # fmt: skip
     assert parsed(**PAPER_RECIPE) == VimpoConfig(beta=5e-4, actor_coeff=5e-3, actor_trust=False)
@@ -54,7 +55,7 @@ def test_everything_at_once():
     section = dict(
         beta=0.01, beta_scale=0.7, actor_coeff="auto", actor_alpha=0.3, actor_trust=False, kl_estimator="k3", whiten=True,
         use_actor=True, value_loss_type="huber", huber_delta=0.25, baseline="leave_one_out", baseline_cap=0.9,
-        kappa_policy="current", preset="paper", ref_refresh_every=20,
+        kappa_policy="current", passes="one", preset="paper", ref_refresh_every=20,
         stage_timeout=60.0, validation_timeout=None, startup_timeout=600.0,
     )  # fmt: skip
     assert asdict(parsed(**section)) == section
@@ -78,6 +79,7 @@ BAD_VALUES = {
     "validation_timeout": [0, "none", False, math.nan],
     "startup_timeout": [-1, "", [60]],
     "kappa_policy": ["new", None],
+    "passes": ["three", 1, None],
     "preset": ["authors", True, ""],
     "ref_refresh_every": [0, -1, 2.5, "5", True],
 }

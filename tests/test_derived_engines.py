@@ -16,7 +16,7 @@ import pytest
 import torch
 import veomni_on_cpu
 from engine_harness import Setting, make_workers, run_on_ranks, run_step
-from engine_samples import EOS, VOCABULARY, make_samples
+from engine_samples import make_samples
 from test_engine import assert_gradients_close, assert_step_agrees
 from verl.workers.engine import FSDPEngineWithLMHead, FSDPTurboEngineWithLMHead
 
@@ -43,26 +43,6 @@ def test_a_step_on_verls_part_of_fsdp_turbo_agrees_with_the_formula(models, monk
     expected = engine_formula.step(models, make_samples(), lr=0.1, epochs=2)
     assert_step_agrees(result, expected)
     assert_gradients_close(result.parameters, expected["parameters"])
-
-
-@pytest.fixture(scope="module")
-def moe_models(tmp_path_factory):
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    folder = tmp_path_factory.mktemp("moe")
-    config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_experts=4,
-        num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        max_position_embeddings=512, bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS, initializer_range=0.2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(config)
-    model.save_pretrained(folder / "policy")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    model.save_pretrained(folder / "ref")
-    return folder
 
 
 # name -> (setting, parameters and optimizer offloaded)

@@ -140,8 +140,17 @@ def test_resume_goes_on_from_the_checkpoint(vimpo_run):
     assert "beta=auto is beta=" not in resumed.log and f"as in the checkpoint {checkpoint.split('=')[1]}" in resumed.log
 
 
-def test_two_data_parallel_ranks(tmp_path):
-    run = run_tiny(tmp_path, "vimpo", 2, RANKS="2")
+def test_two_data_parallel_ranks_in_one_pass(tmp_path):
+    """Besides generation, a step is one forward of the reference and one of the policy, in the update, a sequence."""
+    run = run_tiny(tmp_path, "vimpo", 3, "+algorithm.vimpo.passes=one", RANKS="2")
+    assert "one pass a step (algorithm.vimpo.passes=one)" in run.log
+    once = 3 * SEQUENCES
+    assert run.forwards == {("reference", "infer"): once, ("policy", "train"): once}
+    for step in run.steps.values():
+        assert step.keys() >= VIMPO_METRICS | {"actor/entropy", "critic/advantages/mean"}
+        assert all(math.isfinite(value) for name, value in step.items() if name.startswith("vimpo/"))
+    assert run.steps[1]["vimpo/actor_coeff"] == run.steps[2]["vimpo/actor_coeff"] == 0.0
+    assert run.steps[1]["vimpo/residual_rms"] == run.steps[1]["vimpo/target_rms"] > 0
     assert run.steps[1]["vimpo/kl"] == 0.0 < run.steps[2]["vimpo/kl"]
     assert run.steps[1]["vimpo/value_loss"] == pytest.approx(0.5 * run.steps[1]["vimpo/target_rms"] ** 2, rel=0.2)
 

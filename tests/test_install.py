@@ -1,7 +1,8 @@
 """Claim: docs/install.md's ways to install work as far as they need no network, Docker or GPU: a wheel built without an index
 is whole, `vimpo check` says yes with it, and no page or message names a package index that this package is not on.
 
-Not claimed: that pip finds the rest in an image or a uv project.
+In a uv project too, with a lock of its own. Not claimed: that pip finds the rest in an image, or uv in verl's own lock,
+which is for GPUs.
 """
 
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -77,6 +79,45 @@ def test_the_installed_package_works(installed):
     done = run_installed(installed, "-m", "vimpo_verl", "check")
     assert done.returncode == 0, done.stdout
     assert f"vimpo_verl: {version}" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def uv():
+    """uv, and a caller of it without a network."""
+    pytest.importorskip("uv", reason="uv is not installed")
+    from uv import find_uv_bin
+
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    env |= {"UV_OFFLINE": "1", "UV_PYTHON_DOWNLOADS": "never"}
+
+    def call(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+        return subprocess.run([find_uv_bin(), *arguments], cwd=cwd, env=env, capture_output=True, text=True)
+
+    return call
+
+
+def test_a_uv_project_with_verl_gets_the_package_by_uv_pip(uv, wheel, tmp_path):
+    """docs/install.md, "In a uv project": a project with a lock of its own, started as verl's examples are.
+
+    Its environment sees verl and what that needs in the tests' own environment, but not vimpo_verl.
+    """
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nname = "a-project"\nversion = "0"\nrequires-python = ">=3.10"\n'
+    )
+    for step in (("venv", "--python", sys.executable, ".venv"), ("lock",)):
+        done = uv(*step, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    site = next((tmp_path / ".venv").glob("lib/python*/site-packages"))
+    (site / "the_others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    before = uv("run", "--frozen", "python", "-m", "vimpo_verl", "check", cwd=tmp_path)
+    if before.returncode == 0:
+        pytest.skip("this environment has vimpo_verl in its site-packages")
+    assert "No module named vimpo_verl" in before.stderr
+    assert uv("pip", "install", "--no-deps", str(wheel), cwd=tmp_path).returncode == 0
+    checked = uv("run", "--frozen", "vimpo", "check", cwd=tmp_path)
+    assert checked.returncode == 0 and "Yes: algorithm.adv_estimator=vimpo works" in checked.stdout, checked.stdout
+    where = uv("run", "--frozen", "python", "-c", "import vimpo_verl; print(vimpo_verl.__file__)", cwd=tmp_path)
+    assert where.stdout.startswith(str(site))
 
 
 def test_the_version_is_the_newest_of_the_changelog():

@@ -1,12 +1,12 @@
 """Claim: on verl's real Megatron engine a step of VIMPO is the one on verl's FSDP engine, however Megatron splits the work.
 
 With the same weights, through mbridge: old log-probs, entropy, reference log-probs and exact KL of every response token,
-gradients before clipping, parameters after two updates, logged losses. Tensor, sequence, pipeline (also interleaved), context and
-data parallelism, packed and padded, dynamic batches, the fused head, kappa_policy=current, sampled KLs. The FSDP engine's step is
-that of the formula (test_engine.py).
+gradients before clipping, parameters after two updates, logged losses. Tensor, sequence, pipeline (also interleaved), context,
+expert and data parallelism, packed and padded, dynamic batches, the fused head, kappa_policy=current, sampled KLs. The FSDP
+engine's step is that of the formula (test_engine.py).
 
 On gloo ranks of this machine, with what megatron_on_cpu.py stands in for. Not covered: Transformer Engine, verl's fused kernel
-itself, NCCL, GPUs, the distributed optimiser, offload, Megatron-Bridge and its adapters, mixtures of experts.
+itself, NCCL, GPUs, the distributed optimiser, offload, Megatron-Bridge and its adapters, grouped kernels of experts.
 """
 
 from dataclasses import replace
@@ -55,6 +55,16 @@ LAYOUTS = {
 }
 
 
+# The same for a mixture of experts.
+EXPERTS = {
+    "expert parallel": {"expert_parallel": 2},
+    "tensor and expert parallel": {
+        "tensor_parallel": 2,
+        "expert_parallel": 2,
+        "engine": {"expert_tensor_parallel_size": 1},
+    },
+    "experts in a pipeline, fused head": {"pipeline_parallel": 2, "use_fused_kernels": True},
+}
 # Name -> layouts in which policy and reference have the same weights, in bfloat16.
 EQUAL = {
     "tensor parallel": {"tensor_parallel": 2},
@@ -68,18 +78,18 @@ def even_samples():
     return [replace(s, prompt=s.prompt[(len(s.prompt) + len(s.response)) % 2 :]) for s in make_samples()]
 
 
-def fsdp_steps(rank, models, settings):
-    return [run_step(models, setting, even_samples()) for setting in settings]
+def fsdp_steps(rank, cases):
+    return [run_step(models, setting, even_samples()) for models, setting in cases]
 
 
-def megatron_steps(rank, models, settings):
+def megatron_steps(rank, cases):
     import megatron_on_cpu
 
     megatron_on_cpu.install()
     from megatron.core import parallel_state as mpu
 
     results = []
-    for setting in settings:
+    for models, setting in cases:
         if setting.equal_models:
             workers = make_megatron_workers(models, setting)
             results.append(gather_rows(joint_pass(workers, even_samples(), setting)))
@@ -98,21 +108,22 @@ def four_layers(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(four_layers):
+def expected(four_layers, moe_models):
     """What changes the result -> the step on the FSDP engine."""
     changes = {repr(changed): changed for _, changed in LAYOUTS.values()}
-    settings = [Setting(**{**STEP, **changed}) for changed in changes.values()]
-    (results,) = run_on_ranks(1, fsdp_steps, four_layers, settings)
-    return dict(zip(changes, results, strict=True))
+    cases = [(four_layers, Setting(**{**STEP, **changed})) for changed in changes.values()]
+    (results,) = run_on_ranks(1, fsdp_steps, [*cases, (moe_models, Setting(**STEP))])
+    return dict(zip([*changes, "experts"], results, strict=True))
 
 
 @pytest.fixture(scope="module")
-def found(four_layers):
+def found(four_layers, moe_models):
     """Layout -> the step on the Megatron engine, of each rank."""
-    settings = [MegatronSetting(**{**STEP, **layout, **changed}) for layout, changed in LAYOUTS.values()]
-    settings += [MegatronSetting(equal_models=True, dtype="bf16", **layout) for layout in EQUAL.values()]
-    by_rank = run_on_ranks(2, megatron_steps, four_layers, settings)
-    names = [*LAYOUTS, *(f"{name}, equal weights" for name in EQUAL)]
+    cases = [(four_layers, MegatronSetting(**{**STEP, **layout, **changed})) for layout, changed in LAYOUTS.values()]
+    cases += [(moe_models, MegatronSetting(**{**STEP, **layout})) for layout in EXPERTS.values()]
+    cases += [(four_layers, MegatronSetting(equal_models=True, dtype="bf16", **layout)) for layout in EQUAL.values()]
+    by_rank = run_on_ranks(2, megatron_steps, cases)
+    names = [*LAYOUTS, *EXPERTS, *(f"{name}, equal weights" for name in EQUAL)]
     return {name: [results[i] for results in by_rank] for i, name in enumerate(names)}
 
 
@@ -120,6 +131,25 @@ def found(four_layers):
 def test_a_step_is_that_of_the_fsdp_engine(expected, found, layout):
     for step in found[layout]:
         assert_same_step(step, expected[repr(LAYOUTS[layout][1])])
+
+
+@pytest.mark.parametrize("layout", EXPERTS)
+def test_a_step_of_a_mixture_of_experts_is_that_of_the_fsdp_engine(expected, found, layout):
+    for step in found[layout]:
+        for tensors in (*step.gradients, step.parameters):
+            stack_experts(tensors)
+        assert_same_step(step, expected["experts"])
+
+
+def stack_experts(tensors):
+    """A tensor for each expert, as in checkpoints, to one for all, as in transformers' modules. Changes `tensors`."""
+    names = [name for name in tensors if ".experts.0.gate_proj" in name]
+    for prefix in (name.split("0.gate_proj")[0] for name in names):
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{prefix}{i}.{kind}_proj.weight") for i in range(4)])
+            for kind in ("gate", "up", "down")
+        )
+        tensors[f"{prefix}gate_up_proj"], tensors[f"{prefix}down_proj"] = torch.cat([gate, up], dim=1), down
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -6,13 +6,23 @@ functions are replaced by ones that spoil the logits they were given. Not covere
 """
 
 import sys
+from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from engine_harness import Setting, joint_pass, make_workers, run_step, training_data
-from engine_samples import VOCABULARY, make_samples
+from engine_harness import (
+    Setting,
+    joint_pass,
+    make_workers,
+    one_pass_data,
+    run_one_pass_step,
+    run_step,
+    training_data,
+)
+from engine_samples import VOCABULARY, make_samples, to_tensordict
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -21,12 +31,20 @@ from tensor_memory import TensorMemory
 SETTING = Setting(micro_batch_size=8)
 
 
-def update_memory(workers, data) -> TensorMemory:
+def update_memory(workers, data, last_dimension=None) -> TensorMemory:
     workers.actor.train_mini_batch(data[:])  # what is made once a worker is not the update's
-    with TensorMemory(large_elements=30 * VOCABULARY) as memory:
+    with TensorMemory(large_elements=30 * VOCABULARY, last_dimension=last_dimension) as memory:
         workers.actor.train_mini_batch(data[:])
     memory.large = {shape: count for shape, count in memory.large.items() if VOCABULARY in shape}
     return memory
+
+
+def shapes(memory: TensorMemory) -> Counter:
+    """How many tensors of each shape; the ragged dimension of a nested tensor has another name every time."""
+    counted = Counter()
+    for shape, count in memory.large.items():
+        counted[tuple(size if isinstance(size, int) else "ragged" for size in shape)] += count
+    return counted
 
 
 @pytest.fixture
@@ -38,19 +56,78 @@ def workers_and_data(models):
 
 
 def test_update_makes_the_logits_sized_tensors_of_grpo(workers_and_data):
-    from verl.workers.config import FSDPActorConfig
-    from verl.workers.utils.losses import ppo_loss
-
     workers, data = workers_and_data
     vimpo = update_memory(workers, data)
-    grpo_config = FSDPActorConfig(strategy="fsdp2", rollout_n=2, ppo_micro_batch_size_per_gpu=1)
-    workers.actor.set_loss_fn(partial(ppo_loss, config=grpo_config))
+    grpo_loss(workers)
     grpo = update_memory(workers, data)
     assert vimpo.large, "the count would show nothing"
     assert vimpo.large == grpo.large
     # DESIGN: at most 1.02 times. Here a micro-batch has 8 sequences and 48 vocabulary entries, so VIMPO's few [B, T] tensors
     # weigh thousands of times more beside the logits than they do with a real vocabulary.
     assert vimpo.peak <= 1.02 * grpo.peak
+
+
+def grpo_loss(workers):
+    from verl.workers.config import FSDPActorConfig
+    from verl.workers.utils.losses import ppo_loss
+
+    config = FSDPActorConfig(strategy="fsdp2", rollout_n=2, ppo_micro_batch_size_per_gpu=1)
+    workers.actor.set_loss_fn(partial(ppo_loss, config=config))
+
+
+@pytest.fixture
+def small_buffers(monkeypatch):
+    """The token statistics' buffers on a CPU, whose size does not go with the logits', would be as large as these logits."""
+    from vimpo_verl.token_statistics import cpu
+
+    monkeypatch.setattr(cpu, "_SMALL_CHUNK", 2 * VOCABULARY)
+    monkeypatch.setattr(cpu, "_LARGE_CHUNK", 2 * VOCABULARY)
+
+
+# Bytes, of the micro-batch of SETTING.
+LOGITS = 4 * VOCABULARY * sum(len(s.prompt) + len(s.response) for s in make_samples())
+LAYOUTS = [(True, 1.0), (True, 0.7), (False, 1.0), (False, 0.7)]
+
+
+@pytest.mark.parametrize("use_remove_padding, temperature", LAYOUTS)
+def test_the_update_in_one_pass_makes_one_logits_tensor_more_than_grpos(
+    models, small_buffers, use_remove_padding, temperature
+):
+    """The reference's, once, and no temporary of its size; its padded length where padding is kept."""
+    setting = replace(SETTING, use_remove_padding=use_remove_padding, temperature=temperature)
+    samples, workers = make_samples(), make_workers(models, setting)
+    batch = run_one_pass_step(models, setting, samples, workers).batch
+    one = update_memory(workers, one_pass_data(samples, batch, setting), VOCABULARY)
+    result = run_step(models, setting, samples, workers)
+    data = training_data(samples, result.per_token, result.batch, setting)
+    grpo_loss(workers)
+    grpo = update_memory(workers, data, VOCABULARY)
+    (shape,) = (shapes(one) - shapes(grpo)).elements()
+    assert not shapes(grpo) - shapes(one) and shape[-1] == VOCABULARY
+    # Of the logits alone: the reference's activations weigh more than logits of 48 entries. And not at one time: the
+    # reference's are gone when the gradients of the policy's are made.
+    assert one.peak <= grpo.peak + 4 * VOCABULARY * FEW_TOKENS
+
+
+FEW_TOKENS = 8  # of a chunk of the token statistics, in float64
+
+
+@pytest.mark.parametrize("use_remove_padding, temperature", LAYOUTS[:2])
+def test_the_joint_pass_needs_no_more_than_grpos_old_pass(models, small_buffers, use_remove_padding, temperature):
+    setting = replace(SETTING, use_remove_padding=use_remove_padding, temperature=temperature)
+    samples, workers = make_samples(), make_workers(models, setting)
+
+    def old_pass():
+        data = to_tensordict(samples, temperature=temperature, calculate_entropy=True, compute_loss=False)
+        workers.actor.infer_batch(data)
+
+    peaks = []
+    for call in (partial(joint_pass, workers, samples, setting), old_pass):
+        call()
+        with TensorMemory(last_dimension=VOCABULARY) as memory:
+            call()
+        peaks.append(memory.peak)
+    assert peaks[0] <= peaks[1] + 4 * VOCABULARY * FEW_TOKENS and peaks[1] > 2 * LOGITS
 
 
 def test_joint_pass_keeps_no_logits(models):

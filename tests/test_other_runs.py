@@ -289,7 +289,7 @@ def older_trainer(name: str, config):
 
         config.actor_rollout_ref.hybrid_engine = False
         return OneStepOffRayTrainer(config, None, {}, None)
-    if name == "fully_async_policy":  # its constructor wants a configuration of its own
+    if name == "fully_async_policy":  # Ray makes an actor without arguments; its constructor wants more configuration
         from verl.experimental.fully_async_policy.fully_async_rollouter import FullyAsyncRollouter
 
         trainer = object.__new__(FullyAsyncRollouter.__ray_actor_class__)
@@ -298,7 +298,10 @@ def older_trainer(name: str, config):
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
     class RayDAPOTrainer(RayPPOTrainer):
-        """As a recipe has it."""
+        """As a recipe has it: PRIME's makes its data loader by itself."""
+
+        def _create_dataloader(self, *_):
+            raise FileNotFoundError(self.config.data.train_files)
 
     trainer = RayDAPOTrainer if name == "recipe" else RayPPOTrainer
     return trainer(config, None, {Role.ActorRollout: None}, None)
@@ -319,6 +322,79 @@ def test_a_trainer_without_vimpo_says_so(name, asked, capsys):
     for key in asked:
         assert key.removeprefix("+").split(".flip")[0] in str(error.value)
     assert "in force" not in capsys.readouterr().out
+
+
+def run_with(runner: str, config) -> None:
+    """verl's run_ppo with a task runner, as the mains that bring one call it."""
+    from verl.trainer import main_ppo
+    from verl.trainer.main_ppo_v0 import BaseTaskRunner
+
+    class DAPOTaskRunner(BaseTaskRunner):
+        """As verl-recipe has it."""
+
+    if runner == "recipe":
+        main_ppo.run_ppo(config, task_runner_class=ray.remote(num_cpus=1)(DAPOTaskRunner))
+    elif runner == "v0":
+        from verl.trainer.main_ppo_v0 import TaskRunner
+
+        main_ppo.run_ppo(config, TaskRunner)
+    elif runner == "one_step_off_policy":
+        from verl.experimental.one_step_off_policy.main_ppo import OneStepTaskRunner
+
+        main_ppo.run_ppo(config, task_runner_class=OneStepTaskRunner)
+    elif runner == "fully_async_policy":
+        from verl.experimental.fully_async_policy.fully_async_main import FullyAsyncTaskRunner
+
+        main_ppo.run_ppo(config, task_runner_class=FullyAsyncTaskRunner)
+    else:
+        main_ppo.run_ppo(config, task_runner_class=main_ppo.TaskRunnerV1)
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    """Starting Ray is what must not happen, or, for others, all that happens."""
+
+    def init(**kwargs):
+        raise ConnectionError("Ray would be started")
+
+    monkeypatch.setattr(ray, "init", init)
+
+
+@pytest.mark.parametrize("asked", ["algorithm.adv_estimator=vimpo", NOISE])
+@pytest.mark.parametrize("runner", OLDER)
+def test_a_main_with_another_runner_is_refused_before_ray_starts(runner, asked, no_ray):
+    """Although no configuration has been validated, and trainer.use_v1 says the opposite."""
+    with pytest.raises(RuntimeError, match="none of verl's v1 trainers") as error:
+        run_with(runner, compose(asked, "trainer.use_v1=True"))
+    assert asked.removeprefix("+").split(".flip")[0] in str(error.value)
+
+
+@pytest.mark.parametrize("runner", [*OLDER, "v1"])
+def test_a_main_with_another_estimator_starts_ray(runner, no_ray):
+    with pytest.raises(ConnectionError):
+        run_with(runner, compose())
+
+
+def test_vimpo_with_the_v1_runner_starts_ray(no_ray):
+    with pytest.raises(ConnectionError):
+        run_with("v1", vimpo())
+
+
+def test_a_runner_of_a_main_is_known_by_the_name_it_was_started_by(monkeypatch):
+    """python -m verl.experimental.one_step_off_policy.main_ppo: its classes are those of __main__."""
+    from types import ModuleType, SimpleNamespace
+
+    from verl_patches.other_runners import _makes_another_trainer
+
+    class Runner:
+        """Of a main that was started with `python -m`."""
+
+    Runner.__module__ = "__main__"
+    main = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    for name, refused in (("verl.experimental.one_step_off_policy.main_ppo", True), ("recipe.mine.main", False)):
+        main.__spec__ = SimpleNamespace(name=name)
+        assert _makes_another_trainer(Runner) == refused
 
 
 @pytest.mark.parametrize("name", OLDER)

@@ -256,6 +256,10 @@ class Batch(Namespace):
     def __len__(self):
         return len(self.keys)
 
+    def reorder(self, order):
+        assert sorted(order) == list(range(len(self)))
+        self.keys, self.tags = [self.keys[i] for i in order], [self.tags[i] for i in order]
+
 
 def batch_with(counts: dict[str, int], padding=0, **tags) -> Batch:
     keys = [f"{uid}_{session}_0" for uid, count in counts.items() for session in range(count)]
@@ -273,7 +277,8 @@ def trainer():
         def _balance_batch(self, batch, metrics):
             self.multiple = self._get_required_batch_multiple(self.dp_size)
             missing = -len(batch.keys) % self.multiple
-            return Batch(keys=batch.keys + [f"pad_{i}_0" for i in range(missing)], tags=batch.tags)
+            added = [{"is_padding": True} for _ in range(missing)]
+            return Batch(keys=batch.keys + [f"pad_{i}_0" for i in range(missing)], tags=batch.tags + added)
 
         def _step_once(self, batch, metrics):
             batch = self._balance_batch(batch, metrics)
@@ -301,6 +306,7 @@ def trainer():
         })  # fmt: skip
         trainer.rollout_budget, trainer.dp_size, trainer.fails = PAPER, ranks, False
         trainer.replay_buffer = Namespace(failure_keys={"train": set()})
+        trainer.actor_rollout_wg = Namespace(_dispatch_info={"actor": list(range(ranks))})
         return trainer
 
     return make
@@ -322,6 +328,27 @@ def test_equal_mini_batches_as_many_as_the_recipe_has(trainer, updates, ranks, d
         assert dynamic or (share % 2 == 0 and len(batch) // ranks % 3 == 0), "whole micro-batches"
         assert made.multiple == updates * ranks * (1 if dynamic else {1: 6, 3: 2}[updates])
         assert metrics["budget/rollouts"] == sum(counts.values()) and metrics["budget/missing_responses"] == 0
+
+
+@pytest.mark.parametrize(("ranks", "updates", "size"), [(1, 1, 5), (1, 4, 8), (2, 3, 7), (4, 2, 3)])
+def test_no_mini_batch_is_of_placeholders_alone(ranks, updates, size):
+    """verl leaves them at the end of a rank's share, where they would fill mini-batches alone."""
+    from verl_patches.rollout_budget import placeholders_spread
+
+    rng = random.Random(size)
+    share = updates * size
+    for _ in range(30):
+        added = [rng.randrange(share - updates + 1) for _ in range(ranks)]
+        is_padding = [i >= share - count for count in added for i in range(share)]
+        order = placeholders_spread(is_padding, ranks, updates)
+        assert sorted(order) == list(range(ranks * share))
+        for rank, count in enumerate(added):
+            rows = order[rank * share : (rank + 1) * share]
+            assert {row // share for row in rows} == {rank}, "each rank keeps its own"
+            real = [row for row in rows if not is_padding[row]]
+            assert real == sorted(real), "in their order"
+            of_each = [sum(is_padding[row] for row in rows[i * size : (i + 1) * size]) for i in range(updates)]
+            assert sum(of_each) == count and max(of_each) - min(of_each) <= 1 and max(of_each) < size
 
 
 def test_the_recipes_own_sizes_come_back(trainer):

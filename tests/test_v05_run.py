@@ -116,6 +116,21 @@ def test_vimpo_with_a_budget_and_a_posterior_mean_on_two_ranks(tmp_path):
     assert found.forwards["policy", "train"] == sum(padded), "two mini-batches of two ranks of whole micro-batches of 4"
 
 
+def test_two_batches_ahead_and_resumed(tmp_path):
+    """colocate_async: prompts under way are in the checkpoint, with their priors."""
+    asynchronous = ("trainer.v1.trainer_mode=colocate_async", "trainer.v1.colocate_async.num_warmup_batches=2")
+    first = run(tmp_path, "v05", 3, "trainer.save_freq=2", *asynchronous)
+    checkpoint = f"trainer.resume_from_path={tmp_path}/checkpoints/global_step_2"
+    resumed = run(tmp_path, "v05", 4, "trainer.resume_mode=resume_path", checkpoint, *asynchronous)
+    assert sorted(first.steps) == [1, 2, 3] and sorted(resumed.steps) == [3, 4]
+    for found in (first, resumed):
+        for step, metrics in found.steps.items():
+            assert 4 <= metrics["budget/rollouts_per_prompt"] <= 16 and metrics["budget/missing_responses"] == 0
+            assert metrics["actor/grad_norm"] > 0, step
+    assert all(4 <= len(rewards) <= 16 for rewards in groups_of(tmp_path, 4).values())
+    assert "has no prior" not in resumed.log and "without a past" not in resumed.log
+
+
 def test_grpo_with_a_budget(tmp_path):
     found = run(tmp_path, "grpo", 2, "+algorithm.rollout_budget.round_size=3", "+algorithm.prior.discount=0.99")
     for step in (1, 2):

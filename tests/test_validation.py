@@ -165,7 +165,6 @@ REFUSED = {
     "algorithm.gamma=0.99": "algorithm.gamma=1.0",
     "algorithm.lam=1.5": "algorithm.lam=1.0",
     "algorithm.lam=null": "algorithm.lam=1.0",
-    "algorithm.rollout_correction.bypass_mode=True": "algorithm.rollout_correction.bypass_mode=False",
     "critic.enable=True": "remove critic.enable",
     "trainer.use_v1=False": "trainer.use_v1=True",
     "actor_rollout_ref.actor.strategy=torchtitan": "actor_rollout_ref.actor.strategy=fsdp2",

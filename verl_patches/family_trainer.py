@@ -24,10 +24,13 @@ from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
+from verl_patches.batches import data_parallel_size
 from verl_patches.checkpoints import CheckpointedTrainer
 from verl_patches.family import FAMILY, Member
+from verl_patches.finite import first_non_finite
 from verl_patches.group_parts import group_parts, with_group_parts
 from verl_patches.loss_aggregation import mini_batch_size
+from verl_patches.presence import require_on_every_node
 from verl_patches.reward_noise import with_reward_noise
 from verl_patches.switch import knobs_of, member_of
 from verl_patches.watchdog import WatchedTrainer
@@ -89,7 +92,8 @@ class FamilyTrainer:
         """As the trainer's behind it; says that the estimator is in force.
 
         Raises:
-            RuntimeError: the run has not been through verl's validate_config, which carries the knobs to the workers.
+            RuntimeError: the run has not been through verl's validate_config, which carries the knobs to the workers, or a
+                node lacks this package.
         """
         super().__init__(*args, **kwargs)
         config = self.config
@@ -102,11 +106,17 @@ class FamilyTrainer:
         if problems:
             raise ValueError("\n".join(problems))
         self.set_up_estimator()
+        if ray.is_initialized() and self.worker_type is not None:
+            require_on_every_node()
         print(
             f"vimpo_verl {__version__}: {self.member.title} in force on verl {verl.__version__}, in {type(self).__name__}: "
-            f"{self.knobs}, lam={config.algorithm.lam}",
+            f"{self.settings()}",
             flush=True,
         )
+
+    def settings(self) -> str:
+        """What the line says that the estimator prints when it is in force."""
+        return f"{self.knobs}, lam={self.config.algorithm.lam}"
 
     def set_up_estimator(self) -> None:
         """Set up what the trainer remembers from step to step; `config` and `knobs` are there."""
@@ -198,44 +208,33 @@ class FamilyTrainer:
                 + (", the weights are as before" if skipped == updates else ", the others have changed the weights")
             )
 
-    def require_sound(self, batch: KVBatchMeta, mask: torch.Tensor, reason: str, **per_token: torch.Tensor) -> None:
+    def require_sound(
+        self, batch: KVBatchMeta, mask: torch.Tensor | None, reason: str, **per_token: torch.Tensor
+    ) -> None:
         """A non-finite value on a valid token is a fault to report, not to hide.
 
         Args:
             batch: verl's handle; equal parts of it, in its order, went to the data-parallel ranks.
-            mask, per_token: nested [B, response].
+            mask, per_token: [B, response], nested or padded. None: every token counts.
             reason: what that means, for the message.
 
         Raises:
             FloatingPointError: naming the quantity, the sample, the token, the step and the rank.
         """
         ranks = data_parallel_size(self.actor_rollout_wg)
-        valid = mask.values().bool()
         for name, tensor in per_token.items():
-            bad = (valid & ~torch.isfinite(tensor.values())).nonzero()
-            if bad.numel():
-                position = bad[0].item()
-                sample = int(torch.searchsorted(tensor.offsets(), position, right=True)) - 1
+            found = first_non_finite(tensor, mask)
+            if found is not None:
+                sample, token, value, count = found
                 raise FloatingPointError(
-                    f"step {self.global_steps}: {name} is {tensor.values()[position].item()} at response token "
-                    f"{position - int(tensor.offsets()[sample])} of sample {batch.keys[sample]} on data-parallel rank "
-                    f"{sample * ranks // len(batch.keys)} ({len(bad)} such tokens in the batch): {reason}"
+                    f"step {self.global_steps}: {name} is {value} at response token {token} of sample {batch.keys[sample]} on "
+                    f"data-parallel rank {sample * ranks // len(batch.keys)} ({count} such tokens in the batch): {reason}"
                 )
 
 
 def say(sentence: str) -> None:
     """Something that the user should know, on stderr."""
     print(f"vimpo_verl: {sentence}", file=sys.stderr, flush=True)
-
-
-def data_parallel_size(worker_group: Any) -> int:
-    """Ranks of the actor's data-parallel group; 1 where verl has not asked for it yet."""
-    return max(getattr(worker_group, "_dispatch_info", {}).get("actor", [0])) + 1
-
-
-def is_padding(batch: KVBatchMeta) -> list[bool]:
-    """Which samples of a batch verl has added to fill it up."""
-    return [bool(tag.get("is_padding", False)) for tag in batch.tags]
 
 
 def session_ends(keys: list[str]) -> list[int]:

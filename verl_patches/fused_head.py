@@ -15,6 +15,7 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
 from verl_patches.lora_reference import EngineWithAdaptersOff
+from verl_patches.names import POLICY_ENTROPY, POLICY_LOG_PROBS
 from vimpo_verl.token_statistics import TokenStatistics, linear_token_statistics
 
 
@@ -34,8 +36,8 @@ class FusedHeads:
         micro_batch: what the policy's engine is working on.
         nested: run the reference inside the policy's forward. False: `run_reference` is to be called once that is done; the
             policy's log-probs and entropy are verl's own then, and its hidden states are kept until.
-        with_policy: compute the policy's log-probs and entropy here too (the joint pass). False leaves them, with their
-            gradients, to verl's own head, and computes kappa only (the update with kappa_policy=current).
+        with_policy: the policy's log-probs and entropy are those computed here (the joint pass). False leaves them, with
+            their gradients, to verl's own head (an update), and hands those computed here on beside kappa.
     """
 
     def __init__(self, ref_engine: Any, micro_batch: TensorDict, *, with_policy: bool, nested: bool):
@@ -49,7 +51,7 @@ class FusedHeads:
         """In the place of verl's head: hidden [..., D], weight [V, D], labels [...] -> log_probs, entropy [...]."""
         if self._in_reference:
             return self._reference_head(hidden, weight, labels, temperature)
-        self._policy = hidden.detach().flatten(0, -2), weight.detach()
+        self._policy, self._shape = (hidden.detach().flatten(0, -2), weight.detach()), labels.shape
         if not self.nested:
             return verl_head()
         self.run_reference()
@@ -73,6 +75,18 @@ class FusedHeads:
         _, output = self.ref_engine.forward_step(micro_batch, loss_function=None, forward_only=True)
         model_output = output["model_output"]
         self.reference_output = {"ref_log_probs": model_output["log_probs"], "token_kl": model_output["entropy"]}
+        if not self.with_policy:
+            policys = self._in_verls_layout(micro_batch, self._statistics.log_prob, self._statistics.entropy)
+            self.reference_output |= dict(zip((POLICY_LOG_PROBS, POLICY_ENTROPY), policys, strict=True))
+
+    def _in_verls_layout(self, micro_batch: TensorDict, log_prob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+        """Two per-token results of this rank, gathered and un-padded by the engine as those of a forward are."""
+        _, output_args = self.ref_engine.prepare_model_inputs(micro_batch=micro_batch)
+        head = SimpleNamespace(log_probs=log_prob.view(self._shape), entropy=entropy.view(self._shape))
+        output = self.ref_engine.prepare_model_outputs(
+            output=head, output_args=output_args, micro_batch=micro_batch, logits_processor_func=None
+        )
+        return output["log_probs"], output["entropy"]
 
     def _reference_head(self, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float):
         policys, matrix = self._policy
@@ -87,6 +101,8 @@ class FusedHeads:
 @contextlib.contextmanager
 def fused_heads(engine: Any, ref_engine: Any, *, with_policy: bool) -> Iterator[None]:
     """Every forward_step of `engine` inside the block also returns `ref_log_probs` and `token_kl` in its model output.
+
+    Without the policy's own, `policy_log_probs` and `policy_entropy`, too, which have no gradients.
 
     Args:
         engine, ref_engine: verl's FSDP engines of policy and reference; the reference's in eval mode.

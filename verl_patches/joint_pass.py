@@ -6,17 +6,19 @@ per-token results it returns over sequence parallelism, and un-pads them. With `
 log-probs of its own. Checked against verl 0.9.1 (workers/engine/fsdp/transformer_impl.py); no upstream issue.
 
 The reference forward runs nested inside the policy's hook, with the same engine function, while the policy's logits are
-at hand: only those two logits tensors exist, both made by verl, and each is reduced to four numbers a token before the
-hook returns. Nothing keeps a reference to logits, which verl may later change in place.
+at hand: the reference's are taken where its model returns them, by a forward hook of torch's, and both are reduced to four
+numbers a token before verl's hook returns. Nothing keeps a reference to logits, which verl may later change in place.
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
 
 from verl_patches.fused_head import fused_heads
@@ -76,23 +78,78 @@ def statistics_against_reference(ref_engine: Any, policy_logits: Tensor, micro_b
     """
     micro_batch = micro_batch.copy()  # shallow; the flags below are the reference's
     tu.assign_non_tensor(micro_batch, **_HOOK_FLAGS)
-    # The labels in the layout of the logits (rolled, padded and sliced for sequence parallelism) are verl's.
-    _, output_args = ref_engine.prepare_model_inputs(micro_batch=micro_batch)
-    ref_hook = _ReferenceLogitsHook(policy_logits.detach(), output_args["input_ids_rmpad_rolled"])
-    ref_engine.forward_step(micro_batch, loss_function=ref_hook, forward_only=True)
+    # The labels in the layout of the logits (rolled, padded and sliced for sequence parallelism) are verl's. They need no
+    # images, which would be put together once more.
+    _, output_args = ref_engine.prepare_model_inputs(micro_batch=micro_batch.exclude("multi_modal_inputs"))
+    ref_hook = _ReferenceLogitsHook(policy_logits.detach(), output_args, micro_batch["input_ids"].offsets())
+    with ref_hook.on(ref_engine.module):
+        ref_engine.forward_step(micro_batch, loss_function=ref_hook, forward_only=True)
     return ref_hook.statistics
 
 
 class _ReferenceLogitsHook(_LogitsHook):
-    """Given the reference's logits, reduces them together with the policy's."""
+    """Reduces the reference's logits together with the policy's as soon as its model returns them.
 
-    def __init__(self, policy_logits: Tensor, labels: Tensor):
-        self.policy_logits, self.labels = policy_logits, labels
+    Before verl's engine scales them by the temperature into a copy and, where padding is kept, packs them into another: the
+    reference's logits exist once. The engine gets a column of zeros to go on with.
+
+    Args:
+        policy_logits: [n, V], packed and scaled.
+        output_args: what the reference's engine has prepared with the inputs.
+        offsets: [B + 1], where each sequence begins in the packed tokens.
+    """
+
+    def __init__(self, policy_logits: Tensor, output_args: dict[str, Any], offsets: Tensor):
+        self.policy_logits, self.labels = policy_logits, output_args["input_ids_rmpad_rolled"]
+        self.output_args, self.offsets = output_args, offsets
         self.statistics: TokenStatistics | None = None
 
-    def reduce(self, logits: Tensor, micro_batch: TensorDict) -> dict[str, Tensor]:
-        self.statistics = token_statistics(self.policy_logits, logits, self.labels)
-        return {}  # the policy's hook hands the results to verl
+    def __call__(self, *, student_logits: Tensor | None = None, data: TensorDict, **_: Any):
+        return (torch.zeros(()), {}) if student_logits is None else {}
+
+    @contextlib.contextmanager
+    def on(self, module: torch.nn.Module) -> Iterator[None]:
+        """Take the logits of the module's forwards inside the block."""
+        handle = module.register_forward_hook(self._take)
+        try:
+            yield
+        finally:
+            handle.remove()
+        if self.statistics is None:
+            raise RuntimeError("the reference's model was not called: is this verl one that vimpo_verl is tested with?")
+
+    def _take(self, module: torch.nn.Module, inputs: tuple, output: Any) -> Any:
+        """The model's output with its logits [1, n, V], or [B, T, V] where padding is kept, -> with [..., 1]."""
+        logits = output.logits
+        if isinstance(logits, DTensor):  # sharded over the vocabulary by tensor parallelism
+            logits = logits.full_tensor()
+        output.logits = logits.new_zeros(*logits.shape[:-1], 1)
+        self._scale(logits)
+        if "temperature_rmpad" in self.output_args:
+            self.statistics = self.reduce(logits.squeeze(0), self.policy_logits, self.labels)
+        else:
+            self.statistics = self._reduce_padded(logits)
+        return output
+
+    def _scale(self, logits: Tensor) -> None:
+        """By the temperature, in place, rounded as verl rounds the policy's (_scale_logits_by_temperature)."""
+        if self.output_args.get("temperature_is_one", False):
+            return
+        packed = self.output_args.get("temperature_rmpad")
+        temperature = self.output_args["temperature"].view(-1, 1, 1) if packed is None else packed.view(1, -1, 1)
+        logits.div_(temperature.clamp(min=1e-8).to(logits.dtype))
+
+    def _reduce_padded(self, logits: Tensor) -> TokenStatistics:
+        """[B, T, V], a sequence at a time, which needs no packed copy."""
+        parts = []
+        for row, (start, end) in zip(logits, itertools.pairwise(self.offsets.tolist()), strict=True):
+            rows = slice(start, end)
+            parts.append(self.reduce(row[: end - start], self.policy_logits[rows], self.labels[rows]))
+        return TokenStatistics(*(torch.cat(results) for results in zip(*parts, strict=True)))
+
+    def reduce(self, logits: Tensor, policy_logits: Tensor, labels: Tensor) -> TokenStatistics:
+        """Logits [n, V] of the reference and of the policy, labels [n] -> TokenStatistics, each [n]."""
+        return token_statistics(policy_logits, logits, labels)
 
 
 def joint_infer_batch(actor: Any, ref: Any, data: TensorDict, kl_estimator: str) -> TensorDict | None:

@@ -8,6 +8,7 @@ hook, the reference runs after the policy's forward (verl_patches.fused_head).
 import contextlib
 from typing import Any
 
+import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
@@ -35,11 +36,18 @@ class EngineWithAdaptersOff:
     def __init__(self, engine: Any):
         self._engine = engine
 
+    @property
+    def module(self) -> torch.nn.Module:
+        return self._engine.module
+
     def eval_mode(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()  # the policy's engine is in a mode of its own already
 
     def prepare_model_inputs(self, micro_batch: TensorDict):
         return self._engine.prepare_model_inputs(micro_batch=micro_batch)
+
+    def prepare_model_outputs(self, **arguments: Any) -> dict:
+        return self._engine.prepare_model_outputs(**arguments)
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool):
         with self._engine.disable_adapter():

@@ -53,29 +53,58 @@ def aggregation_weight(config: Any, response_mask: Tensor) -> float:
     Raises:
         ValueError: verl has no such mode.
     """
-    return _share(config, response_mask, len(response_mask) / mini_batch_size(config))
+    return _share(config, response_mask.sum(-1), len(response_mask) / mini_batch_size(config))
 
 
 def full_length_weight(config: Any) -> float:
     """The same for responses that all have `data.max_response_length` tokens. Arguments and errors as above."""
     # Every sequence has the same share, and one is enough to see it.
-    response_mask = torch.ones(1, config.data.max_response_length)
-    return _share(config, response_mask, 1 / mini_batch_size(config))
+    length = torch.tensor([config.data.max_response_length])
+    return _share(config, length, 1 / mini_batch_size(config))
 
 
-def _share(config: Any, response_mask: Tensor, mini_batches: float) -> float:
-    """agg_loss of ones over `response_mask`, which makes up this number of mini-batches, divided by that number."""
+def _share(config: Any, length: Tensor, mini_batches: float) -> float:
+    """agg_loss of ones over sequences of these lengths, which make up this number of mini-batches, divided by that number."""
+    actor = config.actor_rollout_ref.actor
+    if not length.any():
+        return 0.0
+    loss = _agg_loss(
+        agg_mode(actor),
+        torch.ones_like(length, dtype=torch.float64),
+        length,
+        # The horizon that adjust_losses writes where a recipe leaves it out.
+        loss_scale_factor=actor.loss_scale_factor or config.data.max_response_length,
+        batch_num_tokens=length.double().sum() / mini_batches,
+        global_batch_size=mini_batch_size(config),
+    )
+    return loss / mini_batches
+
+
+def aggregate_sums(actor: Any, sums: Tensor, tokens: Tensor) -> float:
+    """verl's aggregation of a per-token quantity over a whole batch, from its sums.
+
+    Args:
+        actor: verl's configuration of the actor: loss_agg_mode, loss_scale_factor.
+        sums: [B], over the valid tokens of each sequence.
+        tokens: [B], valid ones.
+
+    Returns:
+        What agg_loss makes of the quantity itself; 0 where no token is valid.
+    """
+    if not tokens.any():
+        return 0.0
+    mean = sums / tokens.clamp(min=1)
+    return _agg_loss(actor.loss_agg_mode, mean, tokens, loss_scale_factor=actor.loss_scale_factor)
+
+
+def _agg_loss(mode: str, mean: Tensor, tokens: Tensor, **of_the_batch: Any) -> float:
+    """verl's agg_loss, which looks at the sums of a sequence and of its mask alone: one column stands for all tokens."""
     from verl.trainer.ppo.core_algos import agg_loss
 
-    actor, valid = config.actor_rollout_ref.actor, response_mask.double()
-    if not valid.any():
-        return 0.0
     loss = agg_loss(
-        loss_mat=torch.ones_like(valid),
-        loss_mask=valid,
-        loss_agg_mode=agg_mode(actor),
-        batch_num_tokens=valid.sum() / mini_batches,
-        global_batch_size=mini_batch_size(config),
-        loss_scale_factor=actor.loss_scale_factor,
+        loss_mat=mean.double().unsqueeze(-1),
+        loss_mask=tokens.double().unsqueeze(-1),
+        loss_agg_mode=mode,
+        **of_the_batch,
     )
-    return loss.item() / mini_batches
+    return loss.item()

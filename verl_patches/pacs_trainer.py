@@ -13,7 +13,8 @@ from transfer_queue import KVBatchMeta
 from verl.utils.seqlen_balancing import calculate_workload, log_seqlen_unbalance
 
 from verl_patches import group_balance
-from verl_patches.family_trainer import FamilyTrainer, data_parallel_size, is_padding, require_one_output_a_session
+from verl_patches.batches import data_parallel_size, is_padding
+from verl_patches.family_trainer import FamilyTrainer, require_one_output_a_session
 from verl_patches.loss_aggregation import mini_batch_size
 from verl_patches.pacs_worker import GROUP, GROUP_SIZE, OUTCOME, PacsActorRolloutRefWorker
 from vimpo_verl.pacs_registrations import OldPolicy, old_policy

@@ -7,9 +7,11 @@ calls them in the driver, before Ray starts.
 from collections.abc import Iterator
 from typing import Any
 
+from verl_patches import passes
 from verl_patches.engine_checks import engine_problems, has_lora
 from verl_patches.group_switch import budget_of
 from verl_patches.loss_checks import adjust_losses, loss_problems, loss_warnings
+from verl_patches.switch import knobs_of
 from vimpo_verl.config import VimpoConfig
 
 # Trainer modes of verl.trainer.ppo.v1 that FamilyTrainer can be put in front of.
@@ -29,7 +31,7 @@ def problems(config: Any) -> list[str]:
     found = list(type_problems(config))
     if found:
         return found  # the other checks compute with these values
-    for check in (_reference_refresh, _algorithm, _trainer, engine_problems, _model, loss_problems):
+    for check in (_reference_refresh, _algorithm, _passes, _trainer, engine_problems, _model, loss_problems):
         found += check(config)
     return found
 
@@ -133,12 +135,6 @@ def _algorithm(config: Any) -> Iterator[str]:
         yield f"algorithm.gamma={algorithm.gamma}: VIMPO's equations have discount 1; write algorithm.gamma=1.0"
     if not isinstance(algorithm.lam, (int, float)) or not 0.0 <= algorithm.lam <= 1.0:
         yield f"algorithm.lam={algorithm.lam!r}: lambda is a number in [0, 1]; the paper's is algorithm.lam=1.0"
-    correction = algorithm.get("rollout_correction") or {}
-    if correction.get("bypass_mode", False):
-        yield (
-            "algorithm.rollout_correction.bypass_mode=True: it skips the pass that kappa comes from; write "
-            "algorithm.rollout_correction.bypass_mode=False"
-        )
     if config.get("critic") is not None and config.critic.get("enable"):
         yield "critic.enable=True: VIMPO's values are implied by the policy, there is no critic; remove critic.enable"
 
@@ -153,6 +149,11 @@ def trainer_problems(config: Any, what: str) -> Iterator[str]:
             f"trainer.v1.trainer_mode={mode}: {what} has no trainer for it; write trainer.v1.trainer_mode=sync or "
             "colocate_async"
         )
+
+
+def _passes(config: Any) -> Iterator[str]:
+    knobs, _ = knobs_of(config)
+    yield from passes.problems(config, knobs)
 
 
 def _trainer(config: Any) -> Iterator[str]:

@@ -31,6 +31,7 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
+from verl_patches.batches import data_parallel_size, is_padding
 from verl_patches.group_checks import MANAGER
 from verl_patches.group_switch import budget_of
 from verl_patches.prior_state import PRIOR
@@ -200,6 +201,9 @@ class BudgetedTrainer:
         metrics.update(budget_metrics(self.rollout_budget, rollouts))
         metrics["budget/missing_responses"] = self._responses_asked(batch) - sum(rollouts)
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)
+        batch.reorder(
+            placeholders_spread(is_padding(batch), data_parallel_size(self.actor_rollout_wg), self._updates())
+        )
         actor = self.config.actor_rollout_ref
         actor.actor.ppo_mini_batch_size, actor.rollout.n = len(batch.keys) // self._updates(), 1
         return batch
@@ -223,6 +227,31 @@ class BudgetedTrainer:
             if not worker.log_prob_use_dynamic_bsz and worker.log_prob_micro_batch_size_per_gpu
         ]
         return math.lcm(self._updates() * dp_size * update, *(dp_size * size for size in infer))
+
+
+def placeholders_spread(is_padding: list[bool], ranks: int, updates: int) -> list[int]:
+    """An order of a batch in which no mini-batch has more than its share of each rank's placeholders.
+
+    verl puts them at the end of a rank's share, where they could fill a mini-batch alone: the mean over its tokens would be
+    0 / 0.
+
+    Args:
+        is_padding: [B], which samples are placeholders; ranks * updates divides B.
+        ranks: data-parallel ranks; each gets an equal part of the batch, in its order.
+        updates: mini-batches; each is an equal part of every rank's, in its order.
+
+    Returns:
+        [B], positions in the given order; each rank keeps its samples, and the real ones their order.
+    """
+    share, order = len(is_padding) // ranks, []
+    for first in range(0, len(is_padding), share):
+        rows = range(first, first + share)
+        real, added = ([row for row in rows if is_padding[row] == wanted] for wanted in (False, True))
+        for update in range(updates):
+            start, end = (len(added) * bound // updates for bound in (update, update + 1))
+            already = update * (share // updates) - start  # of the real ones
+            order += real[already : already + share // updates - (end - start)] + added[start:end]
+    return order
 
 
 @contextmanager

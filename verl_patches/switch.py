@@ -26,6 +26,13 @@ def noise_of(config: Any) -> tuple[reward_noise.RewardNoiseConfig, list[str]]:
     return reward_noise.parse_config(section_of(config, "reward_noise"))
 
 
+def asked_for(config: Any) -> list[str]:
+    """The keys of verl's configuration by which it asks for anything of this package; empty where it asks for nothing."""
+    member, (noise, problems) = member_of(config), noise_of(config)
+    asked = [f"algorithm.adv_estimator={member.name}"] if member else []
+    return asked + (["algorithm.reward_noise"] if problems or noise.flip_prob > 0 else [])
+
+
 def section_of(config: Any, name: str) -> Any:
     """What stands under algorithm.<name> of verl's configuration, as plain values; None where nothing does."""
     from omegaconf import OmegaConf

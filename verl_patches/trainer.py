@@ -5,18 +5,21 @@ and those that FamilyTrainer names. Checked against verl 0.9.1; no upstream issu
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
-from verl.workers.utils.padding import response_from_nested, response_to_nested
+from verl.workers.utils.padding import response_from_nested
 
-from verl_patches.family_trainer import FamilyTrainer, is_padding, say, session_ends
+from verl_patches.batches import is_padding
+from verl_patches.family_trainer import FamilyTrainer, say, session_ends
 from verl_patches.loss_aggregation import aggregation_weight
+from verl_patches.names import ACTOR_COEFF, BETA, IS_REAL, VALUE_MASK
+from verl_patches.passes import bypasses_old_log_probs
 from verl_patches.run_beta import RunBeta
-from verl_patches.value_branch import ACTOR_COEFF, BETA, IS_REAL, VALUE_MASK
 from verl_patches.worker import VimpoActorRolloutRefWorker
 from vimpo_verl.registrations import JointPassOutput, joint_pass_output
 
@@ -78,37 +81,55 @@ class VimpoTrainer(FamilyTrainer):
         return batch
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        whole = self._mask_before_rejection(batch)
+        output = self._estimator_input(batch)
+        with joint_pass_output(output):
+            batch = super()._compute_advantage(batch, metrics)
+        result = output.result
+        self.run_beta.fix(result.beta, self.global_steps)
+        finite = {"value": result.values, "advantage": result.advantages, "target": result.returns}
+        self.require_sound(batch, None, "td or the residual overflows there", **finite)
+        metrics.update(result.metrics)
+        self._look_at_the_scale(result.returns)
+        batch.extra_info.update({ACTOR_COEFF: result.actor_coeff, BETA: result.beta.value})
+        if whole is not None:
+            self._keep_whole_responses(batch, whole)
+        return batch
+
+    def _estimator_input(self, batch: KVBatchMeta) -> Any:
+        """What the joint pass has found for the estimator, once it is sound."""
         fields = ["old_log_probs", "ref_log_prob", "token_kl", "rm_scores", "response_mask"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        mask, every_token = data["response_mask"], torch.ones_like(data["rm_scores"])
-        self.require_sound(batch, mask, "the policy's logits are not finite there", old_log_prob=data["old_log_probs"])
-        self.require_sound(batch, every_token, "the reward function returned it", reward=data["rm_scores"])
+        self.require_sound_rewards(batch, data["rm_scores"])
         padded = data.to_padded_tensor()
-        output = JointPassOutput(
+        mask = padded["response_mask"]
+        self.require_sound(
+            batch, mask, "the policy's logits are not finite there", old_log_prob=padded["old_log_probs"]
+        )
+        return JointPassOutput(
             old_log_prob=padded["old_log_probs"],
             ref_log_prob=padded["ref_log_prob"],
             token_kl=padded["token_kl"],
             is_padding=torch.tensor(is_padding(batch)),
             config=self.run_beta.config,
             lam=self.config.algorithm.lam,
-            actor_loss_weight=aggregation_weight(self.config, padded["response_mask"]),
-            response_mask=padded["response_mask"],
+            actor_loss_weight=aggregation_weight(self.config, mask),
+            response_mask=mask,
             session_end=torch.tensor(session_ends(batch.keys)),
             prior=getattr(self, "batch_prior", None),  # of PriorTrainer, where a prior is asked for
         )
-        with joint_pass_output(output):
-            batch = super()._compute_advantage(batch, metrics)
-        result = output.result
-        self.run_beta.fix(result.beta, self.global_steps)
-        finite = {"value": result.values, "advantage": result.advantages, "target": result.returns}
-        nested = {name: response_to_nested(tensor, mask) for name, tensor in finite.items()}
-        self.require_sound(batch, mask, "td or the residual overflows there", **nested)
-        metrics.update(result.metrics)
-        self._look_at_the_scale(result.returns)
-        batch.extra_info.update({ACTOR_COEFF: result.actor_coeff, BETA: result.beta.value})
-        if self.config.algorithm.rollout_correction.rollout_rs is not None:
-            self._keep_whole_responses(batch, mask)
-        return batch
+
+    def require_sound_rewards(self, batch: KVBatchMeta, rewards: torch.Tensor) -> None:
+        """As require_sound, of what the reward function has returned."""
+        self.require_sound(batch, None, "the reward function returned it", reward=rewards)
+
+    def _mask_before_rejection(self, batch: KVBatchMeta) -> torch.Tensor | None:
+        """Nested [B, response]; None where verl rejects nothing."""
+        correction = self.config.algorithm.get("rollout_correction") or {}
+        if correction.get("rollout_rs") is None or bypasses_old_log_probs(self.config):
+            return None
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask"])
+        return data["response_mask"]
 
     def _keep_whole_responses(self, batch: KVBatchMeta, whole: torch.Tensor) -> None:
         """After verl's rejection: L_V is about whole responses, but for those of which nothing is left, which leave it, too.
@@ -168,8 +189,12 @@ class VimpoTrainer(FamilyTrainer):
 
     def _save_checkpoint(self) -> None:
         """As verl's, with the run's beta in it."""
-        self.run_beta.save(Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}")
+        self.save_state(Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}")
         super()._save_checkpoint()
+
+    def save_state(self, folder: Path) -> None:
+        """What of a run belongs to VIMPO, into a checkpoint that is being written, global_step_N."""
+        self.run_beta.save(folder)
 
     def _load_checkpoint(self) -> None:
         """As verl's; the run goes on with the checkpoint's beta.
@@ -182,4 +207,12 @@ class VimpoTrainer(FamilyTrainer):
             trainer = self.config.trainer
             by_path = trainer.resume_mode == "resume_path"
             newest = Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"
-            self.run_beta.restore(Path(trainer.resume_from_path) if by_path else newest)
+            self.load_state(Path(trainer.resume_from_path) if by_path else newest)
+
+    def load_state(self, folder: Path) -> None:
+        """The same, out of a checkpoint.
+
+        Raises:
+            ValueError: the file cannot be read.
+        """
+        self.run_beta.restore(folder)

@@ -7,7 +7,8 @@ issue. Worker, loss and reference are verl's own. The priors are those of verl_p
 import torch
 from transfer_queue import KVBatchMeta
 
-from verl_patches.family_trainer import FamilyTrainer, is_padding, require_one_output_a_session
+from verl_patches.batches import is_padding
+from verl_patches.family_trainer import FamilyTrainer, require_one_output_a_session
 from vimpo_verl.v05 import PriorOfBatch, prior_of_batch
 
 

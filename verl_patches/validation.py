@@ -15,6 +15,7 @@ from typing import Any
 from verl_patches import engine_checks, group_checks, recipe_checks, seams
 from verl_patches.family import Member
 from verl_patches.functions import wrap
+from verl_patches.presence import where_the_plugin_is
 from verl_patches.switch import knobs_of, member_of, noise_of
 from vimpo_verl import __version__
 from vimpo_verl.prior import SECTION as PRIOR_SECTION
@@ -104,7 +105,8 @@ def _announce_noise(config: Any) -> None:
 
 
 def _seams_not_in_force(needed: Iterable[seams.Seam]) -> list[str]:
-    import verl.trainer.ppo.v1  # noqa: F401  the last of the modules that seams belong to
+    import verl.trainer.main_ppo
+    import verl.trainer.ppo.v1  # noqa: F401
 
     failures = seams.failures()
     return [
@@ -137,7 +139,7 @@ def _carry_to_workers(config: Any, member: Member, knobs: Any) -> None:
     if member.policy_loss:
         policy_loss = actor_rollout_ref.actor.policy_loss
         with open_dict(policy_loss):
-            policy_loss._target_ = member.policy_loss.replace(":", ".")
+            policy_loss._target_ = where_the_plugin_is(member.policy_loss.replace(":", "."))
             if policy_loss.loss_mode != member.name and member.keeps_policy_loss:
                 policy_loss.recipe_loss_mode = policy_loss.loss_mode
             policy_loss.loss_mode = member.name

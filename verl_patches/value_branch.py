@@ -8,7 +8,6 @@ and adds L_V, which ppo_loss cannot do because it hands a registered policy loss
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
@@ -16,16 +15,12 @@ from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
 
 from verl_patches.joint_pass import statistics_against_reference
+from verl_patches.names import ACTOR_COEFF, BETA, NUM_SEQUENCES, POLICY_ENTROPY, POLICY_LOG_PROBS, VALUE_MASK
+from verl_patches.one_pass_update import OnePassUpdate, is_one_pass
+from verl_patches.targets import target_of
 from vimpo_verl import functional as F
 from vimpo_verl.config import VimpoConfig
 from vimpo_verl.registrations import ActorBranch, actor_branch
-
-# Names under which the trainer and the worker hand the loss what it needs.
-ACTOR_COEFF = "vimpo_actor_coeff"  # float, c_A of the batch
-BETA = "vimpo_beta"  # float, the beta of the run
-IS_REAL = "vimpo_is_real"  # [B], 0 for the placeholder samples that verl adds to fill a batch, and for rejected ones
-VALUE_MASK = "vimpo_value_mask"  # [B, T], of L_V, where verl's rejection has taken tokens out of response_mask
-NUM_SEQUENCES = "vimpo_num_sequences"  # int, real sequences of the global mini-batch
 
 
 class VimpoLoss:
@@ -39,6 +34,12 @@ class VimpoLoss:
 
     def __init__(self, ppo_loss: Callable, knobs: VimpoConfig, ref_engine: Any):
         self.ppo_loss, self.knobs, self.ref_engine = ppo_loss, knobs, ref_engine
+        self.one_pass: OnePassUpdate | None = None  # of the update under way, where it is one without a pass before
+
+    @property
+    def actor_config(self) -> Any:
+        """verl's configuration of the actor."""
+        return self.ppo_loss.keywords["config"]
 
     def __call__(
         self,
@@ -50,7 +51,8 @@ class VimpoLoss:
     ):
         """verl's engine calls it in two roles.
 
-        As logits hook (with kappa_policy=current): student_logits [1, n, V] -> {"token_kl": [1, n]}.
+        As logits hook (with kappa_policy=current, or in one pass): student_logits [1, n, V] -> {"token_kl": [1, n]}, in one
+        pass with the reference's log-probs and the policy's log-probs and entropy.
 
         As final loss: model_output with nested `log_probs` -> a micro-batch's share of the loss of its global
         mini-batch, and its metrics.
@@ -60,10 +62,20 @@ class VimpoLoss:
         """
         if student_logits is not None:
             statistics = statistics_against_reference(self.ref_engine, student_logits.squeeze(0), data)
-            return {"token_kl": statistics.token_kl.unsqueeze(0)}
+            results = {"token_kl": statistics.token_kl}
+            if self.one_pass is not None:
+                results["ref_log_probs"] = statistics.ref_log_prob
+                results[POLICY_LOG_PROBS], results[POLICY_ENTROPY] = statistics.log_prob, statistics.entropy
+            return {name: result.unsqueeze(0) for name, result in results.items()}
         return self._loss(model_output, data, dp_group)
 
     def _loss(self, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any) -> tuple[Tensor, dict]:
+        if is_one_pass(data):
+            if self.one_pass is None:
+                raise RuntimeError(
+                    "a batch for one pass, and VIMPO's training worker is not in force. Run `vimpo check`"
+                )
+            data = self.one_pass.complete(model_output, data)
         _require_fields(data)
         with actor_branch(ActorBranch(coeff=tu.get_non_tensor_data(data, ACTOR_COEFF, None))) as branch:
             loss, metrics = self.ppo_loss(model_output=model_output, data=data, dp_group=dp_group)
@@ -102,20 +114,11 @@ class VimpoLoss:
         self, log_prob: Tensor, ref_log_prob: Tensor, old_token_kl: Tensor, model_output: dict, data: TensorDict
     ) -> Tensor:
         """KL of each response token [B, T], of the policy that kappa_policy names."""
-        if self.knobs.kappa_policy == "old":
-            return old_token_kl
+        if self.knobs.kappa_policy == "old" or self.one_pass is not None:
+            return old_token_kl  # in one pass: that of the update's own policy
         if self.knobs.kl_estimator != "exact":
             return F.sampled_kl(log_prob.detach(), ref_log_prob, self.knobs.kl_estimator)
         return no_padding_2_padding(model_output["token_kl"], data)
-
-
-def target_of(returns: Tensor, response_mask: Tensor) -> Tensor:
-    """[B, T] -> [B]: the value target, which every valid token of a sequence carries; 0 where there is none."""
-    if response_mask.shape[-1] == 0:  # a micro-batch of empty responses
-        return returns.new_zeros(returns.shape[:1])
-    first_valid = response_mask.int().argmax(-1, keepdim=True)
-    target = returns.gather(-1, first_valid).squeeze(-1)
-    return torch.where(response_mask.any(-1), target, torch.zeros_like(target))
 
 
 def _require_fields(data: TensorDict) -> None:

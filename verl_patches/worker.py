@@ -21,7 +21,9 @@ from verl_patches.family_worker import FamilyWorker
 from verl_patches.fused_head import fused_heads
 from verl_patches.joint_pass import joint_infer_batch
 from verl_patches.lora_reference import AdaptersOff
-from verl_patches.value_branch import IS_REAL, NUM_SEQUENCES, VimpoLoss
+from verl_patches.names import IS_REAL, NUM_SEQUENCES
+from verl_patches.one_pass_update import OnePassUpdate, is_one_pass
+from verl_patches.value_branch import VimpoLoss
 from vimpo_verl.config import VimpoConfig
 
 
@@ -33,11 +35,26 @@ class VimpoTrainingWorker(TrainingWorker):
 
         Args:
             knobs: VIMPO's configuration.
-            reference: the reference; with kappa_policy=current it runs in every update.
+            reference: the reference; with kappa_policy=current, and in one pass, it runs in every update.
         """
         self.reference = reference
         self.kappa_in_update = knobs.kappa_policy == "current" and knobs.kl_estimator == "exact"
         self.set_loss_fn(VimpoLoss(self.loss_fn, knobs, reference.engine))
+
+    def train_mini_batch(self, data: TensorDict) -> TensorDict:
+        """The updates on a batch; arguments and result are verl's, in one pass with the batch's `vimpo/` metrics."""
+        if not is_one_pass(data):
+            return super().train_mini_batch(data)
+        loss = self.loss_fn
+        loss.one_pass = OnePassUpdate(loss.knobs, sequences=len(data))
+        try:
+            output = super().train_mini_batch(data)
+            found = loss.one_pass.metrics(data, loss.actor_config, self.engine.get_data_parallel_group())
+        finally:
+            loss.one_pass = None
+        if output is not None:  # only the first rank of a sequence-parallel group collects
+            tu.get(output, "metrics").update({name: [value] for name, value in found.items()})
+        return output
 
     def train_batch(self, data: TensorDict) -> TensorDict:
         """One update on a mini-batch; arguments and result are verl's, with `vimpo/update_skipped` in its metrics.
@@ -60,8 +77,8 @@ class VimpoTrainingWorker(TrainingWorker):
 
     @contextlib.contextmanager
     def _reference_at_hand(self, data: TensorDict):
-        """Have verl's engine ask for kappa in the update, where kappa_policy=current wants it."""
-        if not self.kappa_in_update:
+        """Have verl's engine ask for kappa in the update, where kappa_policy=current or one pass wants it."""
+        if not (self.kappa_in_update or is_one_pass(data)):
             yield
             return
         if self.engine_config.strategy == "megatron":

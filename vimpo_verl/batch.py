@@ -1,10 +1,11 @@
 """What VIMPO computes once a batch, at the old policy: values, advantages, targets, c_A and the metrics. Torch only.
 
 Once a batch and over the whole batch, as every estimator of verl, so nothing here depends on micro-batching, dynamic
-batch size or data-parallel size.
+batch size or data-parallel size. A batch may have tens of millions of tokens, so whatever has one number a token is worked
+on a few rows at a time: beside the inputs there are the three results, and nothing else of their size.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,8 +14,15 @@ from torch import Tensor
 
 from vimpo_verl import functional as F
 from vimpo_verl.baselines import baseline_of
-from vimpo_verl.beta import Beta, auto_beta, beta_fit
+from vimpo_verl.beta import Beta, auto_beta
 from vimpo_verl.config import VimpoConfig
+from vimpo_verl.one_pass import Statistics
+from vimpo_verl.summary import Moments, Summary, actor_coeff, outcome_auc, outcome_correlation
+
+__all__ = ["VimpoBatch", "compute_batch", "compute_targets", "outcome_auc", "outcome_correlation"]
+
+# Tokens worked on at a time: small enough for a CPU's cache to help, large enough for the calls not to matter.
+_TOKENS_AT_A_TIME = 2**18
 
 
 class VimpoBatch(NamedTuple):
@@ -68,6 +76,94 @@ def compute_batch(
     Raises:
         ValueError: shapes do not fit, the mask has other values than 0 and 1, or beta is "auto" and no token is valid.
     """
+    real = _require_sequences(response_mask, outcome, group, is_padding)
+    F.require_fitting(
+        response_mask=response_mask, old_log_prob=old_log_prob, ref_log_prob=ref_log_prob, token_kl=token_kl
+    )
+    mask, length = _valid_tokens(response_mask, real)
+    rows = torch.arange(len(outcome), device=outcome.device)
+    end = rows if session_end is None else session_end
+    outcome = outcome[end]
+    beta = _beta(config, length, outcome, group, real)
+    config = replace(config, beta=beta.value)
+    advantages, values, judgement, kl = _raw(old_log_prob, ref_log_prob, token_kl, mask, config.beta, lam)
+    of_sessions = _target(outcome, group, real & (end == rows), config, prior, prior_weight)
+    target = torch.where(real, of_sessions[end], 0.0).to(advantages.dtype)
+    moments = _moments(advantages, mask, length)
+    summary = Summary(judgement, target, outcome, length, group, real)
+    coeff = actor_coeff(
+        config,
+        mean_length=summary.mean_length,
+        residual_rms=summary.residual_rms,
+        correlation=summary.correlation,
+        actor_loss_weight=actor_loss_weight,
+    )
+    if config.whiten:
+        _whiten(advantages, mask, moments)
+    return VimpoBatch(
+        advantages=advantages,
+        returns=torch.where(mask, target.unsqueeze(-1), target.new_zeros(())),
+        values=values,
+        actor_coeff=coeff,
+        beta=beta,
+        metrics={**summary.metrics(kl, moments, beta.value), "vimpo/actor_coeff": coeff, "vimpo/beta": beta.value},
+    )
+
+
+def compute_targets(
+    *,
+    response_mask: Tensor,
+    outcome: Tensor,
+    group: Sequence[Hashable],
+    config: VimpoConfig,
+    before: Statistics | None,
+    is_padding: Tensor | None = None,
+    actor_loss_weight: float = 1.0,
+    prior: Tensor | None = None,
+    prior_weight: Tensor | None = None,
+) -> VimpoBatch:
+    """The driver's half where the update itself finds the log-probs (one pass): beta, targets and c_A.
+
+    Args:
+        before: of the batch before; None: there is none, and the actor loss has no weight.
+        others: as for `compute_batch`.
+
+    Returns:
+        VimpoBatch with the metrics that are known by now; advantages and values are zero, the update works out its own.
+
+    Raises:
+        ValueError: as for `compute_batch`.
+    """
+    real = _require_sequences(response_mask, outcome, group, is_padding)
+    mask, length = _valid_tokens(response_mask, real)
+    beta = _beta(config, length, outcome, group, real)
+    config = replace(config, beta=beta.value)
+    target = _target(outcome, group, real, config, prior, prior_weight)
+    sequences = int(real.sum())
+    coeff = 0.0
+    if before is not None and before.says_something:
+        coeff = actor_coeff(
+            config,
+            mean_length=int(length.sum()) / sequences if sequences else 0.0,
+            residual_rms=before.residual_rms,
+            correlation=before.outcome_correlation,
+            actor_loss_weight=actor_loss_weight,
+        )
+    unknown = target.new_zeros(()).expand(mask.shape)
+    return VimpoBatch(
+        advantages=unknown,
+        returns=torch.where(mask, target.unsqueeze(-1), target.new_zeros(())),
+        values=unknown,
+        actor_coeff=coeff,
+        beta=beta,
+        metrics={"vimpo/actor_coeff": coeff, "vimpo/beta": beta.value},
+    )
+
+
+def _require_sequences(
+    response_mask: Tensor, outcome: Tensor, group: Sequence[Hashable], is_padding: Tensor | None
+) -> Tensor:
+    """[B] bool: the sequences that are no placeholders, once everything that a sequence has one of fits."""
     if outcome.shape != response_mask.shape[:1] or len(group) != len(outcome):
         raise ValueError(
             f"outcome and group must be [B] for response_mask {tuple(response_mask.shape)}, got {tuple(outcome.shape)} "
@@ -75,34 +171,83 @@ def compute_batch(
         )
     if is_padding is not None and is_padding.shape != outcome.shape:
         raise ValueError(f"is_padding must be [B] = {list(outcome.shape)}, got shape {list(is_padding.shape)}")
-    real = torch.ones_like(outcome, dtype=torch.bool) if is_padding is None else ~is_padding.bool()
-    mask = F.require_mask(response_mask) & real.unsqueeze(-1)
-    rows = torch.arange(len(outcome), device=outcome.device)
-    end = rows if session_end is None else session_end
-    outcome = outcome[end]
-    beta = _beta(config, mask, outcome, group, real)
-    config = replace(config, beta=beta.value)
-    td = F.td_residual(old_log_prob, ref_log_prob, token_kl, mask, config.beta)
-    baseline = _baseline(outcome, group, real & (end == rows), config, prior, prior_weight)[end]
-    target = torch.where(real, outcome.to(td.dtype) - baseline, 0.0).to(td.dtype)
-    raw = F.implied_advantages(td, mask, lam)
-    summary = _Summary(td, target, outcome, mask, group, real)
-    coeff = _actor_coeff(config, summary, actor_loss_weight)
-    return VimpoBatch(
-        advantages=F.whiten(raw, mask) if config.whiten else raw,
-        returns=torch.where(mask, target.unsqueeze(-1), 0.0).to(td.dtype),
-        values=F.implied_values(td, mask),
-        actor_coeff=coeff,
-        beta=beta,
-        metrics=_metrics(token_kl, raw, mask, coeff, beta.value, summary),
-    )
+    return torch.ones_like(outcome, dtype=torch.bool) if is_padding is None else ~is_padding.bool()
 
 
-def _beta(config: VimpoConfig, mask: Tensor, outcome: Tensor, group: Sequence[Hashable], real: Tensor) -> Beta:
+def _rows(tensor: Tensor) -> Iterator[slice]:
+    """Slices of the rows of [B, T], of about _TOKENS_AT_A_TIME tokens."""
+    step = max(1, _TOKENS_AT_A_TIME // max(1, tensor.shape[1]))
+    return (slice(start, start + step) for start in range(0, tensor.shape[0], step))
+
+
+def _valid_tokens(response_mask: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask as bools, False on placeholders, [B, T], and the valid tokens of each sequence, [B]."""
+    mask = torch.empty_like(response_mask, dtype=torch.bool)
+    for rows in _rows(mask):
+        mask[rows] = F.require_mask(response_mask[rows]) & real[rows].unsqueeze(-1)
+    return mask, mask.sum(-1)
+
+
+def _raw(
+    old_log_prob: Tensor, ref_log_prob: Tensor, token_kl: Tensor, mask: Tensor, beta: float, lam: float
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Raw advantages and values [B, T], S [B], and the mean KL of a valid token."""
+    dtype = F.accumulating(old_log_prob[:0]).dtype
+    advantages, values = (torch.empty_like(old_log_prob, dtype=dtype) for _ in range(2))
+    judgement = old_log_prob.new_empty(len(old_log_prob), dtype=torch.float64)
+    kl, count = 0.0, 0
+    for rows in _rows(mask):
+        valid = mask[rows]
+        td = F.td_residual(old_log_prob[rows], ref_log_prob[rows], token_kl[rows], valid, beta)
+        values[rows] = F.implied_values(td, valid)
+        advantages[rows] = F.implied_advantages(td, valid, lam)
+        judgement[rows] = td.sum(-1, dtype=torch.float64)
+        kl += F.zero_where_masked(F.accumulating(token_kl[rows]), valid).sum(dtype=torch.float64).item()
+        count += int(valid.sum())
+    return advantages, values, judgement, kl / count if count else 0.0
+
+
+def _moments(advantages: Tensor, mask: Tensor, length: Tensor) -> Moments:
+    """Of the valid tokens. Counted from one of them, so that a constant has variance 0 and large offsets cost no digits."""
+    count = int(length.sum())
+    if count == 0:
+        return Moments(0, 0.0, 0.0)
+    row = int(length.argmax())
+    start = advantages[row][mask[row]][0].item()
+    shifted = sum(_sum(advantages[rows] - start, mask[rows]) for rows in _rows(mask)) / count
+    squares = sum(_sum((advantages[rows] - start - shifted).square(), mask[rows]) for rows in _rows(mask))
+    return Moments(count, start + shifted, squares / (count - 1) if count > 1 else 0.0)
+
+
+def _sum(tensor: Tensor, mask: Tensor) -> float:
+    return F.zero_where_masked(tensor, mask).sum(dtype=torch.float64).item()
+
+
+def _whiten(advantages: Tensor, mask: Tensor, moments: Moments) -> None:
+    """`functional.whiten`, in place. What is not finite spreads, for the caller to find."""
+    scale = (moments.variance + F.WHITEN_EPS) ** -0.5
+    for rows in _rows(mask):
+        advantages[rows] = F.zero_where_masked((advantages[rows] - moments.mean) * scale, mask[rows])
+
+
+def _beta(config: VimpoConfig, length: Tensor, outcome: Tensor, group: Sequence[Hashable], real: Tensor) -> Beta:
     if config.beta != "auto":
         return Beta(config.beta)
     groups = [name for name, is_real in zip(group, real.tolist(), strict=True) if is_real]
-    return auto_beta(mask[real].sum(-1).tolist(), outcome[real].tolist(), groups, config.beta_scale)
+    return auto_beta(length[real].tolist(), outcome[real].tolist(), groups, config.beta_scale)
+
+
+def _target(
+    outcome: Tensor,
+    group: Sequence[Hashable],
+    real: Tensor,
+    config: VimpoConfig,
+    prior: Tensor | None,
+    prior_weight: Tensor | None,
+) -> Tensor:
+    """[B]: R - V0 of the real sequences; 0 on placeholders."""
+    outcome = F.accumulating(outcome)
+    return torch.where(real, outcome - _baseline(outcome, group, real, config, prior, prior_weight), 0.0)
 
 
 def _baseline(
@@ -119,115 +264,3 @@ def _baseline(
     of_each = {name: tensor[real] for name, tensor in given.items() if tensor is not None}
     of_real = baseline_of(config.baseline, outcome[real], names, cap=config.baseline_cap, **of_each)
     return of_real.new_zeros(outcome.shape).masked_scatter(real, of_real)
-
-
-class _Summary:
-    """Statistics of the real sequences of a batch.
-
-    On a sequence without a valid token the policy has passed no judgement: its S = 0 is none, and enters nothing here but
-    the mean length. Its reward is in its group's baseline, and it counts in the mean of L_V, where it has no gradient.
-    """
-
-    def __init__(self, td: Tensor, target: Tensor, outcome: Tensor, mask: Tensor, group: Sequence, real: Tensor):
-        judged = mask.any(-1)
-        judgement = td.sum(-1)[judged]  # S_i = -V(s_1): the policy's own verdict on its answer
-        groups = [name for name, is_judged in zip(group, judged.tolist(), strict=True) if is_judged]
-        self.judgement, self.target, self.residual = judgement, target[judged], judgement - target[judged]
-        self.lengths, self.sequences = mask[judged].sum(-1).to(td.dtype), int(real.sum())
-        self.correlation = outcome_correlation(judgement, outcome[judged], groups)
-        self.auc = outcome_auc(judgement, outcome[judged], groups)
-
-    @property
-    def mean_length(self) -> float:
-        """Over all real sequences, as the mean of L_V."""
-        return self.lengths.sum().item() / self.sequences if self.sequences else 0.0
-
-    def rms_over_tokens(self, per_sequence: Tensor) -> float:
-        """Root mean square over tokens of a quantity that every token of a sequence shares."""
-        tokens = self.lengths.sum()
-        return ((self.lengths * per_sequence.square()).sum() / tokens).sqrt().item() if tokens > 0 else 0.0
-
-    @property
-    def explained_variance(self) -> float:
-        """1 - var(residual) / var(target), over sequences; 0 where the targets do not vary."""
-        variance = self.target.var(correction=0).item() if self.target.numel() else 0.0
-        return 1.0 - self.residual.var(correction=0).item() / variance if variance > 0 else 0.0
-
-
-def _actor_coeff(config: VimpoConfig, summary: _Summary, actor_loss_weight: float) -> float:
-    """c_A: `_same_push` or the number given, times max(0, correlation)."""
-    if not config.use_actor:
-        return 0.0
-    coeff = _same_push(config, summary, actor_loss_weight) if config.actor_coeff == "auto" else config.actor_coeff
-    return coeff * max(0.0, summary.correlation) if config.actor_trust else coeff
-
-
-def _same_push(config: VimpoConfig, summary: _Summary, actor_loss_weight: float) -> float:
-    """alpha * beta * mean_length * rms_over_tokens(residual) / actor_loss_weight (docs/method.md, "Scale")."""
-    value_push = config.beta * summary.mean_length * summary.rms_over_tokens(summary.residual)
-    return config.actor_alpha * value_push / actor_loss_weight if value_push > 0 else 0.0
-
-
-def outcome_correlation(judgement: Tensor, outcome: Tensor, group: Sequence[Hashable]) -> float:
-    """Correlation over the batch of S_i = sum_t td_t and R_i, both centred within the prompt's group.
-
-    Args:
-        judgement: [B], S_i.
-        outcome: [B], R_i.
-        group: B hashables.
-
-    Returns:
-        In [-1, 1]; 0 where either does not vary within any group, as at the first step, where S = 0.
-    """
-    s, r = _centred_in_group(judgement, group), _centred_in_group(outcome, group)
-    scale = (s.square().sum() * r.square().sum()).sqrt().item()
-    return (s * r).sum().item() / scale if scale > 0 else 0.0
-
-
-def _centred_in_group(values: Tensor, group: Sequence[Hashable]) -> Tensor:
-    """Minus the group's mean, in float64. What only rounding left over is no variation and becomes 0."""
-    values = values.double()
-    centred = values - F.group_baseline(values, group)
-    rounding = 1e-12 * values.abs().max() if values.numel() else 0.0
-    return torch.where(centred.abs() > rounding, centred, torch.zeros_like(centred))
-
-
-def outcome_auc(judgement: Tensor, outcome: Tensor, group: Sequence[Hashable]) -> float | None:
-    """How often S ranks the better of two answers to one prompt higher; ties count one half.
-
-    Arguments as for `outcome_correlation`.
-
-    Returns:
-        In [0, 1], over all pairs of one prompt with different outcomes; None if there is no such pair.
-    """
-    members: dict[Hashable, list[int]] = {}
-    for i, name in enumerate(group):
-        members.setdefault(name, []).append(i)
-    won, pairs = 0.0, 0
-    for rows in members.values():
-        s, r = judgement[rows], outcome[rows]
-        better = r.unsqueeze(1) > r.unsqueeze(0)
-        lead = s.unsqueeze(1) - s.unsqueeze(0)
-        won += (better & (lead > 0)).sum().item() + 0.5 * (better & (lead == 0)).sum().item()
-        pairs += better.sum().item()
-    return won / pairs if pairs else None
-
-
-def _metrics(
-    token_kl: Tensor, raw: Tensor, mask: Tensor, coeff: float, beta: float, summary: _Summary
-) -> dict[str, float]:
-    valid = mask.sum().item()
-    metrics = {
-        "vimpo/kl": token_kl[mask].double().mean().item() if valid else 0.0,
-        "vimpo/actor_coeff": coeff,
-        "vimpo/beta": beta,
-        "vimpo/residual_rms": summary.rms_over_tokens(summary.residual),
-        "vimpo/target_rms": summary.rms_over_tokens(summary.target),
-        "vimpo/advantage_std": raw[mask].double().std().item() if valid > 1 else 0.0,
-        "vimpo/outcome_correlation": summary.correlation,
-        "vimpo/value_explained_variance": summary.explained_variance,
-    }
-    fit = beta_fit(summary.judgement.tolist(), summary.target.tolist(), beta)
-    metrics |= {"vimpo/outcome_auc": summary.auc} if summary.auc is not None else {}
-    metrics |= {"vimpo/beta_fit": fit} if fit is not None else {}
-    return metrics

@@ -18,6 +18,7 @@ SECTION = "algorithm.vimpo"
 KL_ESTIMATORS = ("exact", "k2", "k3")
 VALUE_LOSS_TYPES = ("squared_error", "huber")
 KAPPA_POLICIES = ("old", "current")
+PASSES = ("auto", "two", "one")
 BASELINES_WITH_PRIOR = ("fused", "posterior_mean")
 BASELINES = ("group_mean", "leave_one_out", "shrunk", *BASELINES_WITH_PRIOR)
 
@@ -38,6 +39,8 @@ class VimpoConfig(Timeouts):
         kl_estimator: kappa: "exact" (whole vocabulary, the paper's), or from the sampled token alone "k2" or "k3".
         kappa_policy: the policy that kappa in L_V belongs to: "old", the one before the update (the same for one update a
             batch, as in the paper), or "current", recomputed in every update for a reference forward more.
+        passes: "two", a pass over policy and reference before the update; "one", the update's own forward finds everything, with
+            statistics of the batch before; "auto", one where that is the same by design, else two.
         whiten: whiten the advantages over the whole batch.
         use_actor: False trains with the value loss alone.
         value_loss_type: "squared_error" (the paper's) or "huber".
@@ -57,6 +60,7 @@ class VimpoConfig(Timeouts):
     actor_trust: bool = True
     kl_estimator: str = "exact"
     kappa_policy: str = "old"
+    passes: str = "auto"
     whiten: bool = True
     use_actor: bool = True
     value_loss_type: str = "squared_error"
@@ -147,6 +151,7 @@ _CHECKS = {
     "actor_trust": flag,
     "kl_estimator": _kl_estimator,
     "kappa_policy": one_of(*KAPPA_POLICIES),
+    "passes": one_of(*PASSES),
     "whiten": flag,
     "use_actor": flag,
     "value_loss_type": one_of(*VALUE_LOSS_TYPES),

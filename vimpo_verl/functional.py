@@ -29,6 +29,7 @@ from torch import Tensor
 WHITEN_EPS = 1e-8  # under the root of `whiten`; part of the method, see there
 SAMPLED_KL_ESTIMATORS = ("k2", "k3")
 VALUE_LOSS_TYPES = ("squared_error", "huber")
+_SCAN_BLOCK = 64  # tokens that implied_advantages sums at once where lam < 1
 
 
 # ---- kappa: the KL of a token ----------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ def sampled_kl(log_prob: Tensor, ref_log_prob: Tensor, estimator: str) -> Tensor
     Raises:
         ValueError: the log-probs do not fit, or the estimator is unknown or "k1".
     """
-    _require_fitting(log_prob=log_prob, ref_log_prob=ref_log_prob)
+    require_fitting(log_prob=log_prob, ref_log_prob=ref_log_prob)
     log_ratio = accumulating(log_prob) - accumulating(ref_log_prob)
     if estimator == "k2":
         return 0.5 * log_ratio.square()
@@ -170,13 +171,32 @@ def implied_advantages(td: Tensor, response_mask: Tensor, lam: float) -> Tensor:
     if lam == 1.0:
         return -implied_values(td, valid)
     td = zero_where_masked(accumulating(td), valid)
-    running, advantages = td.new_zeros(td.shape[0]), []
-    for t in reversed(range(td.shape[1])):
-        running = torch.where(valid[:, t], td[:, t] + lam * running, running)
-        advantages.append(running)
-    if not advantages:
-        return td
-    return zero_where_masked(torch.stack(advantages[::-1], dim=1), valid)
+    decay = torch.where(valid, td.new_tensor(lam), td.new_tensor(1.0))  # lam does not decay over masked tokens
+    return zero_where_masked(_decayed_sum_from_here_on(td, decay), valid)
+
+
+def _decayed_sum_from_here_on(x: Tensor, decay: Tensor) -> Tensor:
+    """y_t = x_t + decay_t * y_{t+1} over the last dimension, with y_{T+1} = 0.
+
+    Blocks of tokens at once, by doubling: after the step of length s, y_t covers x_t .. x_{t+2s-1} of its block and decay_t
+    what lies behind them. What follows a block reaches it through its first tokens, which are such a series themselves.
+    """
+    length = x.shape[-1]
+    if length == 0:
+        return x
+    blocks = -(-length // _SCAN_BLOCK)
+    short = (0, blocks * _SCAN_BLOCK - length)
+    y = torch.nn.functional.pad(x, short).unflatten(-1, (blocks, _SCAN_BLOCK))
+    decay = torch.nn.functional.pad(decay, short).unflatten(-1, (blocks, _SCAN_BLOCK))
+    step = 1
+    while step < min(_SCAN_BLOCK, length):
+        y = y + decay * torch.nn.functional.pad(y[..., step:], (0, step))
+        decay = decay * torch.nn.functional.pad(decay[..., step:], (0, step), value=1.0)
+        step *= 2
+    if blocks > 1:
+        first = _decayed_sum_from_here_on(y[..., 0], decay[..., 0])
+        y = y + decay * torch.nn.functional.pad(first[..., 1:], (0, 1)).unsqueeze(-1)
+    return y.flatten(-2)[..., :length]
 
 
 def whiten(advantages: Tensor, response_mask: Tensor) -> Tensor:
@@ -205,6 +225,27 @@ def whiten(advantages: Tensor, response_mask: Tensor) -> Tensor:
     deviation = zero_where_masked(shifted - zero_where_masked(shifted, valid).sum() / count, valid)
     variance = deviation.square().sum() / (count - 1)
     return deviation * torch.rsqrt(variance + WHITEN_EPS)
+
+
+def whiten_with(advantages: Tensor, response_mask: Tensor, mean: float, variance: float) -> Tensor:
+    """`whiten` with a mean and a variance that are known from elsewhere: (a - mean) * rsqrt(variance + 1e-8).
+
+    Args:
+        advantages: [B, T].
+        response_mask: [B, T], 0/1 or bool.
+        mean, variance: of the advantages of all valid tokens, in the units of the advantages and their square; >= 0.
+
+    Returns:
+        [B, T], zero where masked; float32 for half precision inputs.
+
+    Raises:
+        ValueError: the advantages or the mask do not fit, or a number is not finite or the variance negative.
+    """
+    valid = valid_tokens(response_mask, advantages=advantages)
+    for name, number, least in (("mean", mean, -float("inf")), ("variance", variance, 0.0)):
+        if not (isinstance(number, Real) and least <= number and abs(number) < float("inf")):
+            raise ValueError(f"{name} must be a finite number{' >= 0' if least == 0 else ''}, got {number!r}")
+    return zero_where_masked((accumulating(advantages) - mean) * (variance + WHITEN_EPS) ** -0.5, valid)
 
 
 # ---- value loss ------------------------------------------------------------------------------------------------------
@@ -414,7 +455,7 @@ def valid_tokens(response_mask: Tensor, **tensors: Tensor) -> Tensor:
     Raises:
         ValueError: a tensor differs from the mask in shape or device or is of no float dtype, or the mask is not 0/1.
     """
-    _require_fitting(response_mask=response_mask, **tensors)
+    require_fitting(response_mask=response_mask, **tensors)
     if response_mask.dim() != 2:
         names = ", ".join([*tensors, "response_mask"])
         raise ValueError(f"{names} must be [B, T], got shape {list(response_mask.shape)}")
@@ -422,14 +463,14 @@ def valid_tokens(response_mask: Tensor, **tensors: Tensor) -> Tensor:
 
 
 def _require_logits(policy_logits: Tensor, ref_logits: Tensor) -> None:
-    _require_fitting(policy_logits=policy_logits, ref_logits=ref_logits)
+    require_fitting(policy_logits=policy_logits, ref_logits=ref_logits)
     if policy_logits.dim() == 0 or policy_logits.shape[-1] == 0:
         raise ValueError(f"policy_logits must be [..., V] with V > 0, got shape {list(policy_logits.shape)}")
     if policy_logits.dtype != ref_logits.dtype:
         raise ValueError(f"dtypes differ: policy_logits {policy_logits.dtype}, ref_logits {ref_logits.dtype}")
 
 
-def _require_fitting(**tensors: Tensor) -> None:
+def require_fitting(**tensors: Tensor) -> None:
     """One shape and one device for all; a float dtype for all but the mask."""
     for what, of in (("shapes", lambda tensor: list(tensor.shape)), ("devices", lambda tensor: str(tensor.device))):
         found = {name: of(tensor) for name, tensor in tensors.items()}

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vimpo_verl.batch import VimpoBatch, compute_batch
+from vimpo_verl.batch import VimpoBatch, compute_batch, compute_targets
 from vimpo_verl.config import VimpoConfig
+from vimpo_verl.one_pass import Statistics
 
 NAME = "vimpo"
 
@@ -53,6 +54,23 @@ class JointPassOutput:
 
 
 @dataclass
+class BatchBefore:
+    """In one pass, in the place of JointPassOutput: the update finds the log-probs. The estimator leaves its result in it.
+
+    Attributes:
+        before: statistics of the batch before, or None.
+        others: as in JointPassOutput.
+    """
+
+    before: Statistics | None
+    is_padding: Tensor
+    config: VimpoConfig
+    actor_loss_weight: float = 1.0
+    prior: tuple[Tensor, Tensor] | None = None
+    result: VimpoBatch | None = None
+
+
+@dataclass
 class ActorBranch:
     """c_A of the update under way; the policy loss leaves L_A (a micro-batch's share, not yet times c_A) in it."""
 
@@ -60,13 +78,16 @@ class ActorBranch:
     loss: Tensor | None = None
 
 
-_joint_pass_output: ContextVar[JointPassOutput | None] = ContextVar("vimpo_joint_pass_output", default=None)
+_joint_pass_output: ContextVar[JointPassOutput | BatchBefore | None] = ContextVar(
+    "vimpo_joint_pass_output", default=None
+)
 _actor_branch: ContextVar[ActorBranch | None] = ContextVar("vimpo_actor_branch", default=None)
 
 
 @contextmanager
-def joint_pass_output(output: JointPassOutput) -> Iterator[JointPassOutput]:
-    """Hand the joint pass's output to the estimator, for the calls inside the `with` block."""
+def joint_pass_output(output: JointPassOutput | BatchBefore) -> Iterator[JointPassOutput | BatchBefore]:
+    """Hand the joint pass's output, or that there is none in one pass, to the estimator, for the calls inside the `with`
+    block."""
     token = _joint_pass_output.set(output)
     try:
         yield output
@@ -95,7 +116,8 @@ def vimpo_advantage(
         index: [B], the uid of each sequence's prompt.
 
     Returns:
-        advantages [B, T], whitened over the batch, and returns [B, T] = R - V0 on every valid token.
+        advantages [B, T], whitened over the batch (zeros in one pass, where the update works out its own), and returns
+        [B, T] = R - V0 on every valid token.
 
     Raises:
         RuntimeError: there is no kappa for this batch, because VIMPO's trainer is not in force.
@@ -108,7 +130,7 @@ def vimpo_advantage(
             "Run `vimpo check` in the environment of the process that failed; a trainer of your own must derive from verl's "
             "PPOTrainerSync or PPOTrainerColocateAsync (verl.trainer.ppo.v1) and be made with verl's configuration"
         )
-    if output.token_kl.shape != response_mask.shape:
+    if isinstance(output, JointPassOutput) and output.token_kl.shape != response_mask.shape:
         raise ValueError(
             f"the joint pass covers {tuple(output.token_kl.shape)} response tokens and the batch has "
             f"{tuple(response_mask.shape)}"
@@ -119,20 +141,27 @@ def vimpo_advantage(
             "has one reward a response. Have the reward function return one number as its score; several channels can go "
             "into its extra values, which verl logs"
         )
+    whole = output.response_mask if isinstance(output, JointPassOutput) else None
+    of_the_batch = {
+        "response_mask": response_mask if whole is None else whole,
+        "outcome": token_level_rewards.sum(-1),
+        "group": index.tolist(),
+        "config": output.config,
+        "is_padding": output.is_padding,
+        "actor_loss_weight": output.actor_loss_weight,
+        "prior": output.prior[0] if output.prior else None,
+        "prior_weight": output.prior[1] if output.prior else None,
+    }
+    if isinstance(output, BatchBefore):
+        output.result = compute_targets(**of_the_batch, before=output.before)
+        return output.result.advantages, output.result.returns
     output.result = compute_batch(
         old_log_prob=output.old_log_prob,
         ref_log_prob=output.ref_log_prob,
         token_kl=output.token_kl,
-        response_mask=response_mask if output.response_mask is None else output.response_mask,
-        outcome=token_level_rewards.sum(-1),
-        group=index.tolist(),
-        config=output.config,
         lam=output.lam,
-        is_padding=output.is_padding,
-        actor_loss_weight=output.actor_loss_weight,
+        **of_the_batch,
         session_end=output.session_end,
-        prior=output.prior[0] if output.prior else None,
-        prior_weight=output.prior[1] if output.prior else None,
     )
     return output.result.advantages, output.result.returns
 

@@ -1,0 +1,70 @@
+"""What the driver computes once a batch (vimpo_verl.batch): time, and memory in float32 tensors of the batch's size.
+
+Two passes: compute_batch, of log-probs and kappa. One pass: compute_targets, of rewards and mask alone. "extra tensors" is the
+largest sum of the tensors alive beyond the inputs, the three results included, over a float32 tensor [B, T]. The last row of a
+recipe is extrapolated by tokens to 1,024 prompts x 16 responses x 32,768 tokens.
+
+    OMP_NUM_THREADS=1 python benchmarks/driver_batch.py --json benchmarks/results/driver_batch_cpu.json
+"""
+
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from report import arguments, interleaved, show
+from tensor_memory import extra_bytes
+
+from vimpo_verl.batch import compute_batch, compute_targets
+from vimpo_verl.config import VimpoConfig
+from vimpo_verl.one_pass import Statistics
+
+SCALE = 1024 * 16 * 32768  # tokens
+BEFORE = Statistics(advantage_mean=0.0, advantage_std=0.1, residual_rms=0.5, outcome_correlation=0.5)
+
+
+def functions(tokens: int, length: int) -> dict[str, Callable[[], object]]:
+    """Recipe -> what to call, on a batch of this many tokens in responses of up to `length`, eight a prompt."""
+    generator = torch.Generator().manual_seed(0)
+    rows = max(8, tokens // length)
+    lengths = torch.randint(length // 2, length + 1, (rows,), generator=generator)
+    old, ref = (torch.rand(rows, length, generator=generator).neg_() for _ in range(2))
+    of_the_batch = {
+        "response_mask": (torch.arange(length) < lengths.unsqueeze(1)),
+        "outcome": torch.randint(0, 2, (rows,), generator=generator).float(),
+        "group": [str(row // 8) for row in range(rows)],
+        "config": VimpoConfig(beta=5e-4),
+    }
+    log_probs = {"old_log_prob": old, "ref_log_prob": ref, "token_kl": torch.rand(rows, length, generator=generator)}
+    return {
+        "two passes, lambda 1": lambda: compute_batch(**of_the_batch, **log_probs, lam=1.0),
+        "two passes, lambda 0.95": lambda: compute_batch(**of_the_batch, **log_probs, lam=0.95),
+        "one pass": lambda: compute_targets(**of_the_batch, before=BEFORE),
+    }
+
+
+def main() -> None:
+    options = arguments(__doc__.splitlines()[0], tokens=[2**20, 2**23, 2**26], length=4096, repeats=3)
+    rows = []
+    for tokens in options.tokens:
+        calls = functions(tokens, options.length)
+        taken = interleaved(calls, options.repeats)
+        for recipe, call in calls.items():
+            rows.append(
+                {
+                    "recipe": recipe,
+                    "tokens": tokens,
+                    "s": median(taken[recipe]),
+                    "s a million tokens": median(taken[recipe]) / tokens * 1e6,
+                    "extra tensors": extra_bytes(call, "cpu") / (4 * tokens),
+                }
+            )
+            print(rows[-1], flush=True)
+    for largest in [row for row in rows if row["tokens"] == max(options.tokens)]:
+        rows.append({**largest, "tokens": SCALE, "s": largest["s"] * SCALE / largest["tokens"], "extrapolated": True})
+    for row in rows:
+        row.setdefault("extrapolated", False)
+    show("The driver's part of a batch", rows, options.json)
+
+
+if __name__ == "__main__":
+    main()

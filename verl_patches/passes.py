@@ -1,0 +1,87 @@
+"""One pass or two: what `algorithm.vimpo.passes` comes to with a recipe. No seam: driver and trainer ask it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vimpo_verl.config import SECTION, VimpoConfig
+
+NOT_ON = "megatron"  # the engine whose update hands one pass nothing but kappa
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What a run does."""
+
+    one: bool
+    why: str
+
+    def __str__(self) -> str:
+        return f"{'one pass' if self.one else 'two passes'} a step ({self.why})"
+
+
+def decide(config: Any, knobs: VimpoConfig) -> Passes:
+    """What `passes` comes to with this recipe, which `problems` has found nothing against.
+
+    Args:
+        config: verl's configuration, a DictConfig.
+        knobs: those of algorithm.vimpo.
+    """
+    if bypasses_old_log_probs(config):
+        return Passes(True, "algorithm.rollout_correction.bypass_mode=True")
+    if knobs.passes != "auto":
+        return Passes(knobs.passes == "one", f"{SECTION}.passes={knobs.passes}")
+    obstacle = next(_obstacles(config), None) or _untried(knobs)
+    return Passes(obstacle is None, obstacle or "one update a batch")
+
+
+def _untried(knobs: VimpoConfig) -> str | None:
+    """Why `auto` keeps to two passes where one would be the same but for the batch that the statistics are of."""
+    if knobs.use_actor and knobs.actor_coeff != 0:
+        return f"with the actor loss {SECTION}.passes=one is to be asked for"
+    return None
+
+
+def problems(config: Any, knobs: VimpoConfig) -> list[str]:
+    """Why `passes` cannot be what is asked for. Arguments as for `decide`."""
+    bypass = bypasses_old_log_probs(config)
+    if bypass and config.actor_rollout_ref.actor.strategy == NOT_ON:
+        return [
+            f"algorithm.rollout_correction.bypass_mode=True with actor_rollout_ref.actor.strategy={NOT_ON}: one pass, which it "
+            "asks for, does not run there; write algorithm.rollout_correction.bypass_mode=False"
+        ]
+    if knobs.passes == "two" and bypass:
+        return [
+            f"{SECTION}.passes=two with algorithm.rollout_correction.bypass_mode=True: that recipe has no pass before the "
+            f"update; write {SECTION}.passes=one or auto, or algorithm.rollout_correction.bypass_mode=False"
+        ]
+    if knobs.passes == "one" and not bypass:
+        return [f"{SECTION}.passes=one: {obstacle}; write {SECTION}.passes=auto" for obstacle in _obstacles(config)]
+    return []
+
+
+def bypasses_old_log_probs(config: Any) -> bool:
+    """Whether verl is to take the rollout's log-probs for the old ones."""
+    return bool((config.algorithm.get("rollout_correction") or {}).get("bypass_mode", False))
+
+
+def _obstacles(config: Any) -> Iterator[str]:
+    """Why one pass would not be the same as two."""
+    actor = config.actor_rollout_ref.actor
+    updates = config.data.train_batch_size / actor.ppo_mini_batch_size
+    if updates > 1:
+        yield (
+            f"data.train_batch_size={config.data.train_batch_size} and actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} "
+            "make several updates a batch, and after the first the policy is not the one before the update"
+        )
+    if actor.ppo_epochs > 1:
+        yield f"actor.ppo_epochs={actor.ppo_epochs}: after the first epoch the policy is not the one before the update"
+    if actor.strategy == NOT_ON:
+        yield f"actor_rollout_ref.actor.strategy={NOT_ON}: one pass does not run there yet"
+    correction = config.algorithm.get("rollout_correction") or {}
+    for name in ("rollout_is", "rollout_rs"):
+        if correction.get(name) is not None:
+            yield (
+                f"algorithm.rollout_correction.{name}={correction.get(name)}: it compares the rollout's log-probs with those "
+                "of the pass before the update"
+            )
