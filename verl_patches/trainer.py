@@ -15,9 +15,9 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.workers.utils.padding import response_from_nested
 
 from verl_patches.batches import is_padding
-from verl_patches.family_trainer import FamilyTrainer, say, session_ends
+from verl_patches.family_trainer import FamilyTrainer, require_one_output_a_session, say, session_ends
 from verl_patches.loss_aggregation import aggregation_weight
-from verl_patches.names import ACTOR_COEFF, BETA, IS_REAL, VALUE_MASK
+from verl_patches.names import ACTOR_COEFF, BETA, IS_REAL, VALUE_MASK, VALUE_SCALE
 from verl_patches.passes import bypasses_old_log_probs
 from verl_patches.run_beta import RunBeta
 from verl_patches.worker import VimpoActorRolloutRefWorker
@@ -91,13 +91,17 @@ class VimpoTrainer(FamilyTrainer):
         self.require_sound(batch, None, "td or the residual overflows there", **finite)
         metrics.update(result.metrics)
         self._look_at_the_scale(result.returns)
-        batch.extra_info.update({ACTOR_COEFF: result.actor_coeff, BETA: result.beta.value})
+        batch.extra_info.update(
+            {ACTOR_COEFF: result.actor_coeff, BETA: result.beta.value, VALUE_SCALE: result.value_scale}
+        )
         if whole is not None:
             self._keep_whole_responses(batch, whole)
         return batch
 
     def _estimator_input(self, batch: KVBatchMeta) -> Any:
         """What the joint pass has found for the estimator, once it is sound."""
+        if self.knobs.value_type == "soft" or self.knobs.actor_advantage == "grpo":  # which compare rows, not sessions
+            require_one_output_a_session(batch.keys)
         fields = ["old_log_probs", "ref_log_prob", "token_kl", "rm_scores", "response_mask"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         self.require_sound_rewards(batch, data["rm_scores"])
