@@ -95,6 +95,7 @@ SEAMS = (
         install="verl_patches.other_runners:install",
         touches="run_ppo",
         how="wrapper",
+        until="every main of verl and verl-recipe validates its configuration, or runs a v1 trainer",
     ),
     Seam(
         name="presence in every process",
@@ -102,6 +103,7 @@ SEAMS = (
         install="verl_patches.presence:install",
         touches="OmegaConf.register_new_resolver",
         how="registration",
+        until="verl says which plugins a process has loaded, and ends one that lacks a plugin that the driver has",
     ),
     Seam(
         name="complete checkpoints",
