@@ -13,6 +13,7 @@ import torch
 from engine_samples import make_samples, nested, padded, to_tensordict
 from test_validation import compose, refusals, validate, vimpo
 
+from verl_patches.family import FAMILY
 from verl_patches.loss_aggregation import OWN_AGG_MODE, aggregation_weight, full_length_weight
 from verl_patches.loss_checks import NO_FORM
 from vimpo_verl.config import VimpoConfig
@@ -28,7 +29,7 @@ SAMPLES = make_samples(seed=4, prompts=3, group_size=2)  # ragged, with tool out
 def registered() -> set[str]:
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
-    return set(POLICY_LOSS_REGISTRY) - {"vimpo"}
+    return set(POLICY_LOSS_REGISTRY) - FAMILY.keys()  # without this package's own
 
 
 # ---- the forms, of one mini-batch: lists of [T] tensors over the valid tokens of each sequence -------------------------

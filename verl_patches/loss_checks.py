@@ -7,6 +7,7 @@ losses are in verl.trainer.ppo.core_algos; losses that a user has registered are
 from collections.abc import Iterator
 from typing import Any
 
+from verl_patches.family import FAMILY
 from verl_patches.loss_aggregation import agg_mode, full_length_weight, recipe_loss_mode
 from vimpo_verl.config import VimpoConfig
 
@@ -33,9 +34,11 @@ def loss_problems(config: Any) -> Iterator[str]:
     mode, key = recipe_loss_mode(actor), "actor_rollout_ref.actor.policy_loss.loss_mode"
     if mode in NO_FORM:
         yield f"{key}={mode}: {NO_FORM[mode]}"
-    elif mode not in POLICY_LOSS_REGISTRY and not config.actor_rollout_ref.model.get("external_lib"):
-        known = ", ".join(sorted(POLICY_LOSS_REGISTRY.keys() - NO_FORM.keys() - {"vimpo"}))
-        yield f"{key}={mode}: verl knows no such policy loss; VIMPO's actor loss takes the form of {known}"
+    elif mode in FAMILY or (
+        mode not in POLICY_LOSS_REGISTRY and not config.actor_rollout_ref.model.get("external_lib")
+    ):
+        known = ", ".join(sorted(POLICY_LOSS_REGISTRY.keys() - NO_FORM.keys() - FAMILY.keys()))
+        yield f"{key}={mode}: verl has no such policy loss; VIMPO's actor loss takes the form of {known}"
     if mode == "dro" and not (actor.policy_loss.get("dro_beta") or 0) > 0:
         yield f"{key}=dro without actor_rollout_ref.actor.policy_loss.dro_beta, which verl wants to be a positive number"
     if (config.get("distillation") or {}).get("enabled", False):
