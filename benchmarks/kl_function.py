@@ -63,6 +63,8 @@ def measure(dtype: str, vocabulary: int, tokens: int, options) -> dict:
     device, kind = options.device, getattr(torch, dtype)
     row = {"dtype": dtype, "V": vocabulary, "tokens": tokens}
     columns = ("ours ms", "plain ms", "vs plain", "vs plain, rounds", "vs compiled", "of copy bandwidth", "extra MB")
+    if device == "cuda":
+        torch.cuda.empty_cache()  # of the row before
     elements, limit = tokens * vocabulary, options.memory_gb * 1e9 or 0.8 * available_bytes(device)
     inputs = 2 * elements * kind.itemsize + 2 * COPIED_TOKENS * vocabulary * kind.itemsize
     if inputs > limit:

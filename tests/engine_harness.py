@@ -280,7 +280,9 @@ def joint_pass(workers: Workers, samples: list[Sample], setting: Setting) -> dic
     from verl_patches.joint_pass import joint_infer_batch
 
     data = to_tensordict(samples, temperature=setting.temperature, calculate_entropy=True, compute_loss=False)
-    output = joint_infer_batch(workers.actor, workers.ref, data, knobs_of(setting).kl_estimator)
+    output = joint_infer_batch(
+        workers.actor, workers.ref, data, knobs_of(setting).kl_estimator, knobs_of(setting).kl_top_k
+    )
     if output is None:  # only the first rank of a sequence-parallel group collects
         return {}
     names = ("log_probs", "entropy", "ref_log_probs", "token_kl")
@@ -333,6 +335,7 @@ class training_data:
             dataloader_kwargs={"shuffle": False},
             vimpo_actor_coeff=self.batch.actor_coeff,
             vimpo_beta=self.batch.beta.value,
+            vimpo_value_scale=self.batch.value_scale,
         )
         data["returns"] = self.over_response(self.batch.returns[mine], samples)
         data["vimpo_is_real"] = torch.tensor([float(not s.is_padding) for s in samples])

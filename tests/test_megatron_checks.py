@@ -61,6 +61,7 @@ REFUSED = {
     f"{R}.megatron.context_parallel_size=2": "differs from the actor's 1: verl makes the groups of one of them",
     f"{A}.megatron.dynamic_context_parallel=True": "another scheduler",
     f"{A}.megatron.use_megatron_fsdp=True": "Megatron-FSDP",
+    f"++{A}.megatron.override_transformer_config.should_pad_vocab=True": "would count the padding",
     f"{A}.megatron.qat.enable=True": "verl quantises no reference",
     f"{A}.megatron.router_replay.mode=R3": "not run with router replay",
     f"{R}.megatron.dtype=float16": "equal weights would give different logits",

@@ -130,7 +130,7 @@ def test_a_batch_that_is_not_from_vimpos_trainer_is_refused(trainer_and_queue):
     trainer, queue = trainer_and_queue
     run_trainer_step(trainer, queue, make_samples())
     group, stored = trainer.actor_rollout_wg, queue.rows
-    from_the_trainer = {"vimpo_actor_coeff": 0.0, "vimpo_beta": 0.1}
+    from_the_trainer = {"vimpo_actor_coeff": 0.0, "vimpo_beta": 0.1, "vimpo_value_scale": 1.0}
     for missing in ("vimpo_is_real", "token_kl", *from_the_trainer):
         batch = queue.start(make_samples())
         queue.rows = {key: {n: v for n, v in row.items() if n != missing} for key, row in stored.items()}

@@ -30,7 +30,7 @@ def problems(config: Any) -> list[str]:
     found = list(type_problems(config))
     if found:
         return found  # the other checks compute with these values
-    for check in (_reference_refresh, _algorithm, _passes, _trainer, engine_problems, _model, _losses):
+    for check in (_switches, _reference_refresh, _algorithm, _passes, _trainer, engine_problems, _model, _losses):
         found += check(config)
     return found
 
@@ -101,6 +101,23 @@ def type_problems(config: Any) -> Iterator[str]:
         value = OmegaConf.select(config, key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             yield f"{key}={value!r}: write an integer"
+
+
+def _switches(config: Any) -> Iterator[str]:
+    """Kappa that takes whole logits of both models, which fused heads do not make and Megatron's ranks do not have."""
+    knobs, _ = knobs_of(config)
+    asked = {"kl_estimator": knobs.kl_estimator == "topk", "kappa_detach": not knobs.kappa_detach}
+    for name in [name for name, is_set in asked.items() if is_set]:
+        if config.actor_rollout_ref.model.get("use_fused_kernels", False):
+            yield (
+                f"actor_rollout_ref.model.use_fused_kernels=True with algorithm.vimpo.{name}={getattr(knobs, name)}: there are "
+                "no logits to take kappa from; write actor_rollout_ref.model.use_fused_kernels=False"
+            )
+        if config.actor_rollout_ref.actor.strategy == "megatron":
+            yield (
+                f"actor_rollout_ref.actor.strategy=megatron with algorithm.vimpo.{name}={getattr(knobs, name)}: a rank has a "
+                "part of the vocabulary, and this kappa takes the whole; write actor_rollout_ref.actor.strategy=fsdp2"
+            )
 
 
 def _reference_refresh(config: Any) -> Iterator[str]:

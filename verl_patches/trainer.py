@@ -17,7 +17,7 @@ from verl.workers.utils.padding import response_from_nested
 from verl_patches.batches import is_padding
 from verl_patches.family_trainer import FamilyTrainer, require_one_output_a_session, say
 from verl_patches.loss_aggregation import aggregation_weight
-from verl_patches.names import ACTOR_COEFF, BETA, IS_REAL
+from verl_patches.names import ACTOR_COEFF, BETA, IS_REAL, VALUE_SCALE
 from verl_patches.run_beta import RunBeta
 from verl_patches.worker import VimpoActorRolloutRefWorker
 from vimpo_verl.registrations import JointPassOutput, joint_pass_output
@@ -81,7 +81,9 @@ class VimpoTrainer(FamilyTrainer):
         self.require_sound(batch, None, "td or the residual overflows there", **finite)
         metrics.update(result.metrics)
         self._look_at_the_scale(result.returns)
-        batch.extra_info.update({ACTOR_COEFF: result.actor_coeff, BETA: result.beta.value})
+        batch.extra_info.update(
+            {ACTOR_COEFF: result.actor_coeff, BETA: result.beta.value, VALUE_SCALE: result.value_scale}
+        )
         return batch
 
     def _estimator_input(self, batch: KVBatchMeta) -> Any:

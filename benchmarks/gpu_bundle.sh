@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Collects what benchmarks/on_gpu.sh needs beside torch, Triton and transformers, for a machine without a network.
+#
+#   bash benchmarks/gpu_bundle.sh FOLDER [VERSION]       wheels of Python VERSION (3.12) on Linux, x86-64, at most 60 MB
+#
+# They are those of verl's engine, without vLLM, and of Ray what can be imported: not its servers, Java or dashboard, because
+# nothing starts a cluster. On the other machine: BUNDLE=FOLDER bash benchmarks/on_gpu.sh
+set -euo pipefail
+
+FOLDER=${1:?gpu_bundle.sh: name the folder to write}
+VERSION=${2:-3.12}
+PYTHON=${PYTHON:-python3}
+LIMIT_MB=60
+PACKAGES=(
+    verl==0.9.1 tensordict==0.10.0 pyvers codetiming datasets==5.2.0 dill multiprocess hydra-core omegaconf ray==2.60.0 torchdata
+    TransferQueue wrapt colorful msgspec orjson pyzmq jsonschema jsonschema-specifications referencing rpds-py pydantic pydantic-core
+    annotated-types typing-inspection
+)
+PLATFORMS=(manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 manylinux1_x86_64)
+
+mkdir -p "$FOLDER"
+platforms=()
+for platform in "${PLATFORMS[@]}"; do platforms+=(--platform "$platform"); done
+"$PYTHON" -m pip download --quiet --no-deps --only-binary=:all: --python-version "$VERSION" --implementation cp \
+    "${platforms[@]}" --dest "$FOLDER" "${PACKAGES[@]}"
+
+"$PYTHON" - "$FOLDER" <<'PROGRAM'
+import sys
+import zipfile
+from pathlib import Path
+
+DROPPED = ("ray/jars/", "ray/core/src/", "ray/dashboard/", "ray/rllib/", "ray/serve/", "ray/llm/", "ray/tune/")
+for wheel in Path(sys.argv[1]).glob("ray-*.whl"):
+    slim = wheel.with_suffix(".slim")
+    with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(slim, "w", zipfile.ZIP_DEFLATED) as kept:
+        for entry in whole.infolist():
+            if not entry.filename.startswith(DROPPED):
+                kept.writestr(entry, whole.read(entry))
+    slim.replace(wheel)
+PROGRAM
+
+size=$(du --summarize --block-size=1000000 "$FOLDER" | cut -f1)
+echo "gpu_bundle.sh: $(find "$FOLDER" -name '*.whl' | wc -l) wheels for Python $VERSION, $size MB, in $FOLDER"
+if ((size > LIMIT_MB)); then
+    echo "gpu_bundle.sh: that is more than $LIMIT_MB MB" >&2
+    exit 1
+fi

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# What docs/performance.md shows of a GPU, in one command and within ten minutes, also on a machine without a network.
+#
+#   bash benchmarks/on_gpu.sh [OUT]                       writes OUT/*.json (default: benchmarks/results)
+#   BUNDLE=FOLDER bash benchmarks/on_gpu.sh OUT           with the wheels of benchmarks/gpu_bundle.sh
+#   SMALL=1 bash benchmarks/on_gpu.sh OUT                 shapes for a CPU, to see that it runs
+#
+# In turn: the GPU's tests; token statistics against the copy bandwidth of the same run; a step on verl's FSDP engine for GRPO,
+# GRPO with a reference, VIMPO in two passes and in one, at Qwen3's shapes with random weights, with and without fused kernels.
+# Needs torch, Triton, transformers and verl's engine; no vLLM and no Ray cluster. A part that fails does not end the others.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+
+OUT=${1:-benchmarks/results}
+PYTHON=${PYTHON:-python3}
+SMALL=${SMALL:-0}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 VERL_USE_EXTERNAL_MODULES=vimpo_verl.plugin,verl_patches.cpu
+if [[ -n ${BUNDLE:-} ]]; then
+    SITE=$(mktemp -d)
+    trap 'rm -rf "$SITE"' EXIT
+    for wheel in "$BUNDLE"/*.whl; do "$PYTHON" -m zipfile -e "$wheel" "$SITE"; done
+    PYTHONPATH+=:$SITE
+fi
+
+failed=()
+part() { # NAME SECONDS COMMAND...
+    local name=$1 seconds=$2
+    shift 2
+    echo "== $name"
+    timeout "$seconds" "$@" || failed+=("$name")
+}
+
+if [[ $SMALL == 1 ]]; then
+    statistics=(--vocabulary 32000 --tokens 256 --dtype bfloat16 float32 --repeats 1 --compiled 0)
+    step=(--shape tiny --vocabulary 2000 --tokens 512 --length 256 --repeats 1)
+    shapes=(tiny)
+else
+    statistics=(--vocabulary 32000 128000 151936 256000 --tokens 8192 32768 --dtype bfloat16 float16 float32 --repeats 9 --compiled 0)
+    step=(--vocabulary 151936 --tokens 16384 --length 4096 --dtype bf16 --repeats 5)
+    shapes=(qwen3-0.6b qwen3-1.7b)
+    part "tests" 150 "$PYTHON" -m pytest -q -p no:cacheprovider -m "not slow" \
+        tests/test_triton_kernel.py tests/test_token_statistics.py tests/test_exact_kl.py
+fi
+part "token statistics" 120 "$PYTHON" benchmarks/kl_function.py "${statistics[@]}" --json "$OUT/kl_function_gpu.json"
+for shape in "${shapes[@]}"; do
+    for fused in 0 1; do
+        part "a step, $shape, fused $fused" 120 "$PYTHON" benchmarks/engine_step.py "${step[@]}" --shape "$shape" --fused "$fused" \
+            --json "$OUT/engine_step_gpu_${shape}_fused_$fused.json"
+    done
+done
+if ((${#failed[@]})); then
+    printf 'on_gpu.sh: failed: %s\n' "${failed[@]}" >&2
+    exit 1
+fi
