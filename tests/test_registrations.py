@@ -37,6 +37,7 @@ def test_verl_has_both_names():
 
 
 def test_every_seam_is_in_force():
+    import verl.trainer.main_ppo
     import verl.trainer.ppo.v1
     import verl.utils.config  # noqa: F401
 

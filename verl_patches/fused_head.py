@@ -70,7 +70,8 @@ class FusedHeads:
 
     def _in_verls_layout(self, micro_batch: TensorDict, log_prob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
         """Two per-token results of this rank, gathered and un-padded by the engine as those of a forward are."""
-        _, output_args = self.ref_engine.prepare_model_inputs(micro_batch=micro_batch)
+        # Without the images, which the layout does not need and which would be put together once more.
+        _, output_args = self.ref_engine.prepare_model_inputs(micro_batch=micro_batch.exclude("multi_modal_inputs"))
         head = SimpleNamespace(log_probs=log_prob.view(self._shape), entropy=entropy.view(self._shape))
         output = self.ref_engine.prepare_model_outputs(
             output=head, output_args=output_args, micro_batch=micro_batch, logits_processor_func=None
