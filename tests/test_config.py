@@ -35,7 +35,8 @@ def test_the_defaults_are_those_of_the_design():
         "beta": "auto", "beta_scale": 0.5, "actor_coeff": "auto", "actor_alpha": 0.1, "actor_trust": True,
         "kl_estimator": "exact", "whiten": True, "use_actor": True, "value_loss_type": "squared_error", "huber_delta": 0.5,
         "baseline": "group_mean", "baseline_cap": None, "kappa_policy": "old", "passes": "auto", "preset": None,
-        "ref_refresh_every": None,
+        "ref_refresh_every": None, "kl_top_k": None, "kappa_detach": True, "value_type": "raw", "value_coeff": 1.0,
+        "value_normalised": False, "actor_advantage": "implied",
         "stage_timeout": "auto", "validation_timeout": "auto", "startup_timeout": "auto",
     }  # fmt: skip
     assert parsed(**PAPER_RECIPE) == VimpoConfig(beta=5e-4, actor_coeff=5e-3, actor_trust=False)
@@ -53,9 +54,10 @@ def test_an_integer_becomes_a_float():
 
 def test_everything_at_once():
     section = dict(
-        beta=0.01, beta_scale=0.7, actor_coeff="auto", actor_alpha=0.3, actor_trust=False, kl_estimator="k3", whiten=True,
+        beta=0.01, beta_scale=0.7, actor_coeff="auto", actor_alpha=0.3, actor_trust=False, kl_estimator="topk", whiten=True,
         use_actor=True, value_loss_type="huber", huber_delta=0.25, baseline="leave_one_out", baseline_cap=0.9,
-        kappa_policy="current", passes="one", preset="paper", ref_refresh_every=20,
+        kappa_policy="current", passes="one", preset="paper", ref_refresh_every=20, kl_top_k=64,
+        kappa_detach=False, value_type="raw", value_coeff=2.0, value_normalised=True, actor_advantage="grpo",
         stage_timeout=60.0, validation_timeout=None, startup_timeout=600.0,
     )  # fmt: skip
     assert asdict(parsed(**section)) == section
@@ -82,6 +84,12 @@ BAD_VALUES = {
     "passes": ["three", 1, None],
     "preset": ["authors", True, ""],
     "ref_refresh_every": [0, -1, 2.5, "5", True],
+    "kl_top_k": [0, -1, 1.5, "64"],
+    "kappa_detach": [0, "no", None],
+    "value_type": ["hard", None],
+    "value_coeff": [0, -1, "x", None],
+    "value_normalised": ["yes", 1, None],
+    "actor_advantage": ["gae", None],
 }
 
 
@@ -106,7 +114,7 @@ def test_a_timeout_is_seconds_auto_or_nothing(name):
 
 def test_k1_is_refused_with_the_reason():
     (problem,) = problems_of(kl_estimator="k1")
-    assert "log-ratio" in problem and "zero" in problem and "exact, k2 or k3" in problem
+    assert "log-ratio" in problem and "zero" in problem and "exact, topk, k2 or k3" in problem
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,15 @@ Core. With it: tests/test_megatron.py.
 """
 
 import ast
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import verl
 
-from verl_patches.megatron_kept import KeptStates
+from verl_patches.megatron_kept import KeptStates, shard_of_rank
 
 
 def labels(*ids):
@@ -52,6 +54,28 @@ def test_fewer_micro_batches_than_the_references_are_refused():
     states.next(labels(0, 7))
     with pytest.raises(RuntimeError, match="1 micro-batches of the reference were not asked for"):
         states.require_all_used()
+
+
+@pytest.fixture
+def second_of_two_ranks(monkeypatch):
+    """What Megatron Core knows of this rank."""
+    parallel_state = SimpleNamespace(
+        get_tensor_model_parallel_world_size=lambda: 2,
+        get_tensor_model_parallel_rank=lambda: 1,
+        get_tensor_model_parallel_group=lambda: None,
+    )
+    monkeypatch.setitem(sys.modules, "megatron", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "megatron.core", SimpleNamespace(parallel_state=parallel_state))
+
+
+def test_the_part_of_the_vocabulary(second_of_two_ranks):
+    shard = shard_of_rank(width=24, vocab_size=48)
+    assert (shard.start, shard.vocab_size) == (24, 48)
+
+
+def test_a_padded_vocabulary_is_refused(second_of_two_ranks):
+    with pytest.raises(RuntimeError, match="padded the vocabulary from 47 to 48"):
+        shard_of_rank(width=24, vocab_size=47)
 
 
 def function(file, name):

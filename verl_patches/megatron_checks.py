@@ -21,6 +21,10 @@ SIZES = (
 NOT_RUN = {
     "dynamic_context_parallel": "its micro-batches are made by another scheduler, with which VIMPO has not run",
     "use_megatron_fsdp": "VIMPO has not run with Megatron-FSDP",
+    "override_transformer_config.should_pad_vocab": (
+        "verl's log-probs of the update would count the padding, and the joint pass does not, so the ratio of the two would not "
+        "start at 1"
+    ),
     "qat.enable": "the policy would be quantised and verl quantises no reference, so the two would differ from the first step on",
 }
 
@@ -76,11 +80,11 @@ def _not_run(policys: Any, references: Any) -> Iterator[str]:
             if OmegaConf.select(section, name):
                 key = f"actor_rollout_ref.{role}.megatron.{name}"
                 yield f"{key}=True: {reason}; write {key}=False"
-    mode = OmegaConf.select(policys, "router_replay.mode") or "disabled"
+    mode = OmegaConf.select(references, "router_replay.mode") or "disabled"
     if mode != "disabled":
         yield (
-            f"actor_rollout_ref.actor.megatron.router_replay.mode={mode}: VIMPO has not run with router replay; write "
-            "actor_rollout_ref.actor.megatron.router_replay.mode=disabled"
+            f"actor_rollout_ref.ref.megatron.router_replay.mode={mode}: the routes are the policy's, and the reference goes its "
+            "own; write actor_rollout_ref.ref.megatron.router_replay.mode=disabled"
         )
     if references.get("dtype") not in ("bfloat16", policys.get("dtype")):
         yield (

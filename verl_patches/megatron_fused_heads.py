@@ -18,8 +18,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from verl_patches.megatron_kept import KeptStates
-from vimpo_verl.token_statistics import VocabularyShard, linear_token_statistics
+from verl_patches.megatron_kept import KeptStates, shard_of_rank
+from vimpo_verl.token_statistics import linear_token_statistics
 
 
 class FusedReferenceStates(KeptStates):
@@ -40,14 +40,11 @@ class FusedReferenceStates(KeptStates):
 @contextlib.contextmanager
 def fused_statistics_at_the_head(engine: Any, states: FusedReferenceStates, vocab_size: int) -> Iterator[None]:
     """Every forward inside the block yields log_probs that are the policy's, the reference's and token_kl, and entropy."""
-    from megatron.core import parallel_state as mpu
 
     def head(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, *_: Any):
         kept = states.next(labels)
         ref_hidden = _whole(kept.hidden.to(hidden.device))
-        shard = VocabularyShard(
-            mpu.get_tensor_model_parallel_rank() * weight.shape[0], vocab_size, mpu.get_tensor_model_parallel_group()
-        )
+        shard = shard_of_rank(weight.shape[0], vocab_size)
         statistics = linear_token_statistics(
             hidden.flatten(0, 1),
             weight,

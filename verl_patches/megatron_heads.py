@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verl_patches.megatron_kept import KeptStates
+from verl_patches.megatron_kept import KeptStates, shard_of_rank, vocab_size_of
 from vimpo_verl.token_statistics import TokenStatistics, VocabularyShard, token_statistics
 
 
@@ -114,20 +114,8 @@ def kappa_at_the_head(engine: Any, states: ReferenceStates) -> Iterator[None]:
 
 def shard_of(engine: Any) -> VocabularyShard | None:
     """The part of the vocabulary of this rank's logits; None on all stages of a pipeline but the last."""
-    from megatron.core import parallel_state as mpu
-
     layer = _output_layer_of(engine)
-    if layer is None:
-        return None
-    width = layer.output_size_per_partition
-    return VocabularyShard(
-        mpu.get_tensor_model_parallel_rank() * width, vocab_size_of(engine), mpu.get_tensor_model_parallel_group()
-    )
-
-
-def vocab_size_of(engine: Any) -> int:
-    """Without Megatron's padding."""
-    return engine.model_config.hf_config.get_text_config().vocab_size
+    return None if layer is None else shard_of_rank(layer.output_size_per_partition, vocab_size_of(engine))
 
 
 def _statistics(

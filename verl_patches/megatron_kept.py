@@ -1,4 +1,6 @@
-"""The reference's last hidden states between its pass and the policy's, on the host (verl_patches.megatron_heads)."""
+"""What the heads of verl's Megatron engine share (verl_patches.megatron_heads, megatron_fused_heads): the reference's last hidden
+states between its pass and the policy's, on the host, and which part of the vocabulary a rank has.
+"""
 
 from collections import deque
 from dataclasses import dataclass
@@ -6,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from vimpo_verl.token_statistics import VocabularyShard
 
 
 @dataclass
@@ -15,6 +19,31 @@ class MicroBatch:
     labels: Tensor  # [1, n/cp], on the host: which micro-batch it was
     hidden: Tensor  # on the host, this rank's part of it
     arguments: dict[str, Any]
+
+
+def vocab_size_of(engine: Any) -> int:
+    """Of the model as it is published."""
+    return engine.model_config.hf_config.get_text_config().vocab_size
+
+
+def shard_of_rank(width: int, vocab_size: int) -> VocabularyShard:
+    """The part of the vocabulary of this rank, whose output matrix has `width` rows.
+
+    Raises:
+        RuntimeError: Megatron has padded the vocabulary.
+    """
+    from megatron.core import parallel_state as mpu
+
+    padded = width * mpu.get_tensor_model_parallel_world_size()
+    if padded != vocab_size:
+        raise RuntimeError(
+            f"Megatron has padded the vocabulary from {vocab_size} to {padded}: verl's log-probs of the update count the "
+            "padding, and the joint pass does not, so the ratio of the two would not start at 1; leave out should_pad_vocab "
+            "and make_vocab_size_divisible_by"
+        )
+    return VocabularyShard(
+        mpu.get_tensor_model_parallel_rank() * width, vocab_size, mpu.get_tensor_model_parallel_group()
+    )
 
 
 class KeptStates:

@@ -13,8 +13,8 @@ from verl.utils import tensordict_utils as tu
 
 from verl_patches.lora_reference import AdaptersOff
 from verl_patches.megatron_fused_heads import FusedReferenceStates, fused_statistics_at_the_head, unpacked
-from verl_patches.megatron_heads import ReferenceStates, kappa_at_the_head, statistics_at_the_head, vocab_size_of
-from verl_patches.megatron_kept import KeptStates
+from verl_patches.megatron_heads import ReferenceStates, kappa_at_the_head, statistics_at_the_head
+from verl_patches.megatron_kept import KeptStates, vocab_size_of
 from verl_patches.separate_passes import separate_passes
 
 States = TypeVar("States", bound=KeptStates)

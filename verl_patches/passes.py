@@ -31,7 +31,7 @@ def decide(config: Any, knobs: VimpoConfig) -> Passes:
         return Passes(True, "algorithm.rollout_correction.bypass_mode=True")
     if knobs.passes != "auto":
         return Passes(knobs.passes == "one", f"{SECTION}.passes={knobs.passes}")
-    obstacle = next(_obstacles(config), None) or _untried(knobs)
+    obstacle = next(_obstacles(config, knobs), None) or _untried(knobs)
     return Passes(obstacle is None, obstacle or "one update a batch")
 
 
@@ -56,7 +56,15 @@ def problems(config: Any, knobs: VimpoConfig) -> list[str]:
             f"update; write {SECTION}.passes=one or auto, or algorithm.rollout_correction.bypass_mode=False"
         ]
     if knobs.passes == "one" and not bypass:
-        return [f"{SECTION}.passes=one: {obstacle}; write {SECTION}.passes=auto" for obstacle in _obstacles(config)]
+        return [
+            f"{SECTION}.passes=one: {obstacle}; write {SECTION}.passes=auto" for obstacle in _obstacles(config, knobs)
+        ]
+    if bypass:
+        return [
+            f"algorithm.rollout_correction.bypass_mode=True, which is one pass: {switch}; write "
+            "algorithm.rollout_correction.bypass_mode=False"
+            for switch in _switches(knobs)
+        ]
     return []
 
 
@@ -65,8 +73,20 @@ def bypasses_old_log_probs(config: Any) -> bool:
     return bool((config.algorithm.get("rollout_correction") or {}).get("bypass_mode", False))
 
 
-def _obstacles(config: Any) -> Iterator[str]:
+def _switches(knobs: VimpoConfig) -> Iterator[str]:
+    """Knobs whose part is worked out before the update."""
+    usual = {"kl_estimator": ("exact", "k2", "k3"), "kappa_detach": (True,), "value_type": ("raw",)}
+    usual |= {"actor_advantage": ("implied",)}
+    for name, values in usual.items():
+        if getattr(knobs, name) not in values:
+            yield f"{SECTION}.{name}={getattr(knobs, name)} needs the pass before the update"
+    if knobs.actor_coeff == "gradient" and knobs.use_actor:
+        yield f"{SECTION}.actor_coeff=gradient needs the advantages before the update"
+
+
+def _obstacles(config: Any, knobs: VimpoConfig) -> Iterator[str]:
     """Why one pass would not be the same as two."""
+    yield from _switches(knobs)
     actor = config.actor_rollout_ref.actor
     updates = config.data.train_batch_size / actor.ppo_mini_batch_size
     if updates > 1:

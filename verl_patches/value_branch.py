@@ -8,6 +8,7 @@ and adds L_V, which ppo_loss cannot do because it hands a registered policy loss
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
@@ -15,7 +16,15 @@ from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
 
 from verl_patches.joint_pass import statistics_against_reference
-from verl_patches.names import ACTOR_COEFF, BETA, NUM_SEQUENCES, POLICY_ENTROPY, POLICY_LOG_PROBS
+from verl_patches.names import (
+    ACTOR_COEFF,
+    BETA,
+    NUM_SEQUENCES,
+    POLICY_ENTROPY,
+    POLICY_LOG_PROBS,
+    VALUE_MASK,
+    VALUE_SCALE,
+)
 from verl_patches.one_pass_update import OnePassUpdate, is_one_pass
 from verl_patches.targets import target_of
 from vimpo_verl import functional as F
@@ -61,7 +70,13 @@ class VimpoLoss:
             RuntimeError: the batch lacks what VIMPO's trainer puts into it, or ppo_loss did not call "vimpo".
         """
         if student_logits is not None:
-            statistics = statistics_against_reference(self.ref_engine, student_logits.squeeze(0), data)
+            statistics = statistics_against_reference(
+                self.ref_engine,
+                student_logits.squeeze(0),
+                data,
+                top_k=self.knobs.kl_top_k,
+                through_kl=not self.knobs.kappa_detach,
+            )
             results = {"token_kl": statistics.token_kl}
             if self.one_pass is not None:
                 results["ref_log_probs"] = statistics.ref_log_prob
@@ -85,7 +100,7 @@ class VimpoLoss:
         # Both are shares of a mean over the global mini-batch: the shares of its micro-batches add up.
         metrics["vimpo/actor_loss"] = Metric(value=branch.loss, aggregation=AggregationType.SUM)
         metrics["vimpo/value_loss"] = Metric(value=value_loss.detach(), aggregation=AggregationType.SUM)
-        return loss + value_loss, metrics
+        return loss + tu.get_non_tensor_data(data, VALUE_SCALE, None) * value_loss, metrics
 
     def _value_loss(self, model_output: dict[str, Tensor], data: TensorDict) -> Tensor:
         """L_V: the mean over the real sequences of the global mini-batch, whatever loss_agg_mode says.
@@ -93,8 +108,9 @@ class VimpoLoss:
         Scaled by dp_size like verl's own losses, because FSDP averages gradients over the data-parallel ranks.
         """
         log_prob = no_padding_2_padding(model_output["log_probs"], data)
-        batch = data.select("response_mask", "ref_log_prob", "token_kl", "returns").to_padded_tensor()
-        mask = batch["response_mask"].bool()
+        mask_name = VALUE_MASK if VALUE_MASK in data.keys() else "response_mask"
+        batch = data.select(mask_name, "ref_log_prob", "token_kl", "returns").to_padded_tensor()
+        mask = batch[mask_name].bool()
         per_sequence = F.value_loss(
             log_prob,
             batch["ref_log_prob"],
@@ -104,6 +120,7 @@ class VimpoLoss:
             tu.get_non_tensor_data(data, BETA, None),
             loss_type=self.knobs.value_loss_type,
             huber_delta=self.knobs.huber_delta,
+            detach_kl=self.knobs.kappa_detach,
         )
         count = tu.get_non_tensor_data(data, NUM_SEQUENCES, None)
         # A placeholder has an empty mask and target 0, so its loss is 0. A mini-batch of nothing else has no mean.
@@ -113,15 +130,18 @@ class VimpoLoss:
         self, log_prob: Tensor, ref_log_prob: Tensor, old_token_kl: Tensor, model_output: dict, data: TensorDict
     ) -> Tensor:
         """KL of each response token [B, T], of the policy that kappa_policy names."""
+        if self.knobs.value_type == "soft":
+            return torch.zeros_like(ref_log_prob)  # its loss has no kappa
         if self.knobs.kappa_policy == "old" or self.one_pass is not None:
             return old_token_kl  # in one pass: that of the update's own policy
-        if self.knobs.kl_estimator != "exact":
-            return F.sampled_kl(log_prob.detach(), ref_log_prob, self.knobs.kl_estimator)
+        if self.knobs.kl_estimator in F.SAMPLED_KL_ESTIMATORS:
+            of = log_prob.detach() if self.knobs.kappa_detach else log_prob
+            return F.sampled_kl(of, ref_log_prob, self.knobs.kl_estimator)
         return no_padding_2_padding(model_output["token_kl"], data)
 
 
 def _require_fields(data: TensorDict) -> None:
-    needed = ("ref_log_prob", "token_kl", "returns", ACTOR_COEFF, BETA, NUM_SEQUENCES)
+    needed = ("ref_log_prob", "token_kl", "returns", ACTOR_COEFF, BETA, VALUE_SCALE, NUM_SEQUENCES)
     missing = [name for name in needed if name not in data.keys()]
     if missing:
         raise RuntimeError(

@@ -38,7 +38,8 @@ class VimpoTrainingWorker(TrainingWorker):
             reference: the reference; with kappa_policy=current, and in one pass, it runs in every update.
         """
         self.reference = reference
-        self.kappa_in_update = knobs.kappa_policy == "current" and knobs.kl_estimator == "exact"
+        self.kappa_in_update = knobs.kappa_policy == "current" and knobs.kl_estimator in ("exact", "topk")
+        self.through_kappa = not knobs.kappa_detach
         self.set_loss_fn(VimpoLoss(self.loss_fn, knobs, reference.engine))
 
     def train_mini_batch(self, data: TensorDict) -> TensorDict:
@@ -93,6 +94,8 @@ class VimpoTrainingWorker(TrainingWorker):
                     yield
             else:
                 tu.assign_non_tensor(data, distillation_use_topk=True)
+                if self.through_kappa:  # or verl's backward pass of the log-probs may write over the logits
+                    tu.assign_non_tensor(data, calculate_entropy=True)
                 yield
 
 
@@ -151,5 +154,7 @@ class VimpoActorRolloutRefWorker(FamilyWorker):
         Returns:
             verl's output, with `ref_log_probs` and `token_kl` beside `log_probs` and `entropy`.
         """
-        output = joint_infer_batch(self.actor, self.reference, data, self.knobs.kl_estimator)
+        if self.enable_routing_replay:  # as verl's own method says it; the reference's pass takes it back
+            tu.assign_non_tensor(data, enable_routing_replay=True)
+        output = joint_infer_batch(self.actor, self.reference, data, self.knobs.kl_estimator, self.knobs.kl_top_k)
         return output.cpu() if output is not None else None

@@ -18,6 +18,7 @@ from vimpo_verl.beta import Beta, auto_beta
 from vimpo_verl.config import VimpoConfig
 from vimpo_verl.one_pass import Statistics
 from vimpo_verl.summary import Moments, Summary, actor_coeff, outcome_auc, outcome_correlation
+from vimpo_verl.switches import advantage_rms, grpo_advantages, soft_target, value_scale
 
 __all__ = ["VimpoBatch", "compute_batch", "compute_targets", "outcome_auc", "outcome_correlation"]
 
@@ -33,6 +34,7 @@ class VimpoBatch(NamedTuple):
     values: Tensor  # [B, T] implied values V(s_t); zero where masked
     actor_coeff: float  # c_A of this batch
     beta: Beta  # that this batch was computed with
+    value_scale: float  # what L_V is multiplied by
     metrics: dict[str, float]  # under "vimpo/", see docs/metrics.md
 
 
@@ -48,6 +50,7 @@ def compute_batch(
     lam: float,
     is_padding: Tensor | None = None,
     actor_loss_weight: float = 1.0,
+    session_end: Tensor | None = None,
     prior: Tensor | None = None,
     prior_weight: Tensor | None = None,
 ) -> VimpoBatch:
@@ -64,6 +67,8 @@ def compute_batch(
         is_padding: [B] bool, placeholder sequences that verl added; they count nowhere. None: there are none.
         actor_loss_weight: what the actor loss's aggregation makes of a loss of 1 on every valid token of a mini-batch: 1
             for a mean over tokens. actor_coeff "auto" allows for it.
+        session_end: [B] of row numbers: where a session has several sequences, the one that ended it. Its reward is that of
+            all of them, and it alone counts in its group. None: every sequence is a session of its own.
         prior, prior_weight: [B], for a baseline that needs them (baselines.WITH_PRIOR): each prompt's prior, from 0 to 1, and
             the past answers that it counts for.
 
@@ -78,11 +83,25 @@ def compute_batch(
         response_mask=response_mask, old_log_prob=old_log_prob, ref_log_prob=ref_log_prob, token_kl=token_kl
     )
     mask, length = _valid_tokens(response_mask, real)
+    rows = torch.arange(len(outcome), device=outcome.device)
+    end = rows if session_end is None else session_end
+    outcome = outcome[end]
     beta = _beta(config, length, outcome, group, real)
     config = replace(config, beta=beta.value)
     advantages, values, judgement, kl = _raw(old_log_prob, ref_log_prob, token_kl, mask, config.beta, lam)
-    target = _target(outcome, group, real, config, prior, prior_weight).to(advantages.dtype)
     moments = _moments(advantages, mask, length)
+    if config.value_type == "soft":
+        sequence_kl = _sequence_sums(token_kl, mask)
+        target = soft_target(outcome, group, real, sequence_kl, config)
+        judgement = judgement + config.beta * sequence_kl  # sum_t rho: the soft value loss has no kappa
+    else:
+        target = _target(outcome, group, real & (end == rows), config, prior, prior_weight)[end]
+    target = torch.where(real, target, 0.0).to(advantages.dtype)
+    scale = value_scale(config, target, real)
+    if config.actor_advantage == "grpo":
+        advantages = torch.where(mask, grpo_advantages(outcome, group, real).to(target.dtype).unsqueeze(-1), 0.0)
+    elif config.whiten:
+        _whiten(advantages, mask, moments)
     summary = Summary(judgement, target, outcome, length, group, real)
     coeff = actor_coeff(
         config,
@@ -90,15 +109,16 @@ def compute_batch(
         residual_rms=summary.residual_rms,
         correlation=summary.correlation,
         actor_loss_weight=actor_loss_weight,
+        value_scale=scale,
+        advantage_rms=advantage_rms(advantages, mask) if config.actor_coeff == "gradient" else None,
     )
-    if config.whiten:
-        _whiten(advantages, mask, moments)
     return VimpoBatch(
         advantages=advantages,
         returns=torch.where(mask, target.unsqueeze(-1), target.new_zeros(())),
         values=values,
         actor_coeff=coeff,
         beta=beta,
+        value_scale=scale,
         metrics={**summary.metrics(kl, moments, beta.value), "vimpo/actor_coeff": coeff, "vimpo/beta": beta.value},
     )
 
@@ -132,7 +152,7 @@ def compute_targets(
     beta = _beta(config, length, outcome, group, real)
     config = replace(config, beta=beta.value)
     target = _target(outcome, group, real, config, prior, prior_weight)
-    sequences = int(real.sum())
+    sequences, scale = int(real.sum()), value_scale(config, target, real)
     coeff = 0.0
     if before is not None and before.says_something:
         coeff = actor_coeff(
@@ -141,6 +161,7 @@ def compute_targets(
             residual_rms=before.residual_rms,
             correlation=before.outcome_correlation,
             actor_loss_weight=actor_loss_weight,
+            value_scale=scale,
         )
     unknown = target.new_zeros(()).expand(mask.shape)
     return VimpoBatch(
@@ -149,6 +170,7 @@ def compute_targets(
         values=unknown,
         actor_coeff=coeff,
         beta=beta,
+        value_scale=scale,
         metrics={"vimpo/actor_coeff": coeff, "vimpo/beta": beta.value},
     )
 
@@ -210,6 +232,15 @@ def _moments(advantages: Tensor, mask: Tensor, length: Tensor) -> Moments:
     shifted = sum(_sum(advantages[rows] - start, mask[rows]) for rows in _rows(mask)) / count
     squares = sum(_sum((advantages[rows] - start - shifted).square(), mask[rows]) for rows in _rows(mask))
     return Moments(count, start + shifted, squares / (count - 1) if count > 1 else 0.0)
+
+
+def _sequence_sums(tensor: Tensor, mask: Tensor) -> Tensor:
+    """[B]: over the valid tokens of each sequence, in float64."""
+    parts = [
+        F.zero_where_masked(F.accumulating(tensor[rows]), mask[rows]).sum(-1, dtype=torch.float64)
+        for rows in _rows(mask)
+    ]
+    return torch.cat(parts) if parts else tensor.new_zeros(0, dtype=torch.float64)
 
 
 def _sum(tensor: Tensor, mask: Tensor) -> float:

@@ -15,9 +15,11 @@ from vimpo_verl.timeouts import Timeouts
 
 SECTION = "algorithm.vimpo"
 
-KL_ESTIMATORS = ("exact", "k2", "k3")
+KL_ESTIMATORS = ("exact", "topk", "k2", "k3")
 VALUE_LOSS_TYPES = ("squared_error", "huber")
 KAPPA_POLICIES = ("old", "current")
+VALUE_TYPES = ("raw", "soft")
+ACTOR_ADVANTAGES = ("implied", "grpo")
 PASSES = ("auto", "two", "one")
 BASELINES_WITH_PRIOR = ("fused", "posterior_mean")
 BASELINES = ("group_mean", "leave_one_out", "shrunk", *BASELINES_WITH_PRIOR)
@@ -33,16 +35,24 @@ class VimpoConfig(Timeouts):
         beta_scale: beta "auto" times the mean response length, for rewards of range 1; > 0.
         actor_coeff: c_A, weight of the actor loss beside the value loss: a number >= 0, or "auto" for
             actor_alpha * beta * mean_length * rms_over_tokens(residual) / (what verl's loss_agg_mode makes of a loss of 1),
-            the same push at any response length and in every mode.
-        actor_alpha: the push of actor_coeff "auto", relative to the value loss; >= 0.
+            the same push at any response length and in every mode; "gradient" divides that by the root mean square of the
+            advantages, so that the two gradients' is actor_alpha also where they are not whitened.
+        actor_advantage: "implied", A_t of the implied values (the paper's), or "grpo", the group-normalised reward.
+        actor_alpha: the push of actor_coeff "auto" or "gradient", relative to the value loss; >= 0.
         actor_trust: multiply c_A by max(0, correlation of the policy's judgement with the outcomes).
-        kl_estimator: kappa: "exact" (whole vocabulary, the paper's), or from the sampled token alone "k2" or "k3".
+        kl_estimator: kappa: "exact" (whole vocabulary, the paper's), "topk", its part on the policy's kl_top_k most likely
+            tokens, or from the sampled token alone "k2" or "k3".
+        kl_top_k: for "topk", >= 1.
+        kappa_detach: False lets the gradient of L_V flow through kappa, too; with kappa_policy "current".
         kappa_policy: the policy that kappa in L_V belongs to: "old", the one before the update (the same for one update a
             batch, as in the paper), or "current", recomputed in every update for a reference forward more.
         passes: "two", a pass over policy and reference before the update; "one", the update's own forward finds everything, with
             statistics of the batch before; "auto", one where that is the same by design, else two.
         whiten: whiten the advantages over the whole batch.
         use_actor: False trains with the value loss alone.
+        value_type: "raw" (the paper's), or "soft": V0 of the KL-regularised problem and the value loss without kappa.
+        value_coeff: weight of L_V, > 0.
+        value_normalised: divide L_V by the mean square of its targets over the batch.
         value_loss_type: "squared_error" (the paper's) or "huber".
         huber_delta: where huber turns linear, in units of reward; > 0.
         baseline: V0: "group_mean" (the paper's), "leave_one_out", "shrunk", to the mean of the batch's other prompts, or, of
@@ -58,11 +68,17 @@ class VimpoConfig(Timeouts):
     actor_coeff: float | str = "auto"
     actor_alpha: float = 0.1
     actor_trust: bool = True
+    actor_advantage: str = "implied"
     kl_estimator: str = "exact"
+    kl_top_k: int | None = None
+    kappa_detach: bool = True
     kappa_policy: str = "old"
     passes: str = "auto"
     whiten: bool = True
     use_actor: bool = True
+    value_type: str = "raw"
+    value_coeff: float = 1.0
+    value_normalised: bool = False
     value_loss_type: str = "squared_error"
     huber_delta: float = 0.5
     baseline: str = "group_mean"
@@ -92,12 +108,35 @@ def parse_config(section: Mapping[str, Any] | None) -> tuple[VimpoConfig, list[s
 
 
 def _contradictions(config: VimpoConfig) -> list[str]:
-    if config.use_actor and not config.whiten and config.actor_coeff == "auto":
-        return [
-            f"{SECTION}.actor_coeff=auto is worked out for whitened advantages: with {SECTION}.whiten=false write a "
-            f"number, such as +{SECTION}.actor_coeff=5e-3"
-        ]
-    return []
+    found = []
+    if config.use_actor and not config.whiten and config.actor_coeff == "auto" and config.actor_advantage == "implied":
+        found.append(
+            f"{SECTION}.actor_coeff=auto is worked out for whitened advantages: with {SECTION}.whiten=false write gradient, or "
+            f"a number, such as +{SECTION}.actor_coeff=5e-3"
+        )
+    if (config.kl_estimator == "topk") != (config.kl_top_k is not None):
+        found.append(
+            f"{SECTION}.kl_top_k={config.kl_top_k} with {SECTION}.kl_estimator={config.kl_estimator}: kl_estimator=topk needs "
+            f"a number of tokens, such as +{SECTION}.kl_top_k=128, and no other takes one"
+        )
+    if not config.kappa_detach and config.kappa_policy != "current":
+        found.append(
+            f"{SECTION}.kappa_detach=false with {SECTION}.kappa_policy={config.kappa_policy}: kappa of the old policy has no "
+            f"gradient; write +{SECTION}.kappa_policy=current"
+        )
+    if config.value_type == "soft":
+        found += _soft_contradictions(config)
+    return found
+
+
+def _soft_contradictions(config: VimpoConfig) -> list[str]:
+    """The soft value has no kappa in its loss, and V0 of its own; as its authors we give it no actor loss."""
+    wanted = {"use_actor": False, "baseline": "group_mean", "kappa_detach": True, "kappa_policy": "old"}
+    return [
+        f"{SECTION}.{name}={getattr(config, name)} with {SECTION}.value_type=soft: write {SECTION}.{name}={str(value).lower()}"
+        for name, value in wanted.items()
+        if getattr(config, name) != value
+    ]
 
 
 # ---- one check a field: value -> (complaint or "", value in its type) ------------------------------------------------
@@ -107,16 +146,16 @@ _not_negative = section_reader.number_where(lambda number: number >= 0, "write a
 _cap = section_reader.number_where(lambda number: True, "write a number, or null for no cap")
 
 
-def _auto_or(check: section_reader.Check, complaint: str) -> section_reader.Check:
-    """A check for "auto" and for what another check takes."""
+def _word_or(check: section_reader.Check, complaint: str, *words: str) -> section_reader.Check:
+    """A check for some words and for what another check takes."""
 
-    def auto_or(value: Any) -> tuple[str, Any]:
-        if value == "auto":
+    def word_or(value: Any) -> tuple[str, Any]:
+        if value in words:
             return "", value
         refused, number = check(value)
         return (complaint if refused else ""), number
 
-    return auto_or
+    return word_or
 
 
 def _number_or_none(value: Any) -> tuple[str, Any]:
@@ -138,22 +177,28 @@ def _kl_estimator(value: Any) -> tuple[str, Any]:
     if value == "k1":
         return (
             "k1 is the log-ratio itself, so rho - kappa would be zero for every token and nothing would be learnt; "
-            "write exact, k2 or k3"
+            "write exact, topk, k2 or k3"
         ), None
     return one_of(*KL_ESTIMATORS)(value)
 
 
 _CHECKS = {
-    "beta": _auto_or(_positive, "write auto or a number greater than 0"),
+    "beta": _word_or(_positive, "write auto or a number greater than 0", "auto"),
     "beta_scale": _positive,
-    "actor_coeff": _auto_or(_not_negative, "write auto or a number, 0 or greater"),
+    "actor_coeff": _word_or(_not_negative, "write auto, gradient or a number, 0 or greater", "auto", "gradient"),
+    "actor_advantage": one_of(*ACTOR_ADVANTAGES),
     "actor_alpha": _not_negative,
     "actor_trust": flag,
     "kl_estimator": _kl_estimator,
+    "kl_top_k": _count_or_none,
+    "kappa_detach": flag,
     "kappa_policy": one_of(*KAPPA_POLICIES),
     "passes": one_of(*PASSES),
     "whiten": flag,
     "use_actor": flag,
+    "value_type": one_of(*VALUE_TYPES),
+    "value_coeff": _positive,
+    "value_normalised": flag,
     "value_loss_type": one_of(*VALUE_LOSS_TYPES),
     "huber_delta": _positive,
     "baseline": one_of(*BASELINES),

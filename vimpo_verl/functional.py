@@ -291,10 +291,12 @@ def value_loss(
     *,
     loss_type: str = "squared_error",
     huber_delta: float = 0.5,
+    detach_kl: bool = True,
 ) -> Tensor:
     """L_V of every sequence: 1/2 ( sum_t (rho_t - sg[kappa_t]) - (R - V0) )^2, or Huber's (paper section 3).
 
-    The gradient flows through log_prob only: kappa, the reference and the target are stopped.
+    The gradient flows through log_prob only: kappa, the reference and the target are stopped. `detach_kl` False lets it flow
+    through kappa, too, as the authors' switch of that name: L_V then also falls by shrinking the KL itself.
 
     Args:
         log_prob, ref_log_prob, token_kl: [B, T], in nats.
@@ -303,6 +305,7 @@ def value_loss(
         beta: weight of the reference, > 0.
         loss_type: "squared_error", or "huber", which is linear beyond |residual| = huber_delta.
         huber_delta: > 0.
+        detach_kl: stop the gradient of kappa.
 
     Returns:
         [B]; the caller averages over the sequences of the global mini-batch. float32 for half precision inputs.
@@ -312,7 +315,8 @@ def value_loss(
     """
     if loss_type not in VALUE_LOSS_TYPES:
         raise ValueError(f"unknown loss_type {loss_type!r}: choose one of {', '.join(VALUE_LOSS_TYPES)}")
-    td = td_residual(log_prob, ref_log_prob.detach(), token_kl.detach(), response_mask, beta)
+    token_kl = token_kl.detach() if detach_kl else token_kl
+    td = td_residual(log_prob, ref_log_prob.detach(), token_kl, response_mask, beta)
     _require_real(target=target)
     if target.shape != td.shape[:-1] or target.device != td.device:
         raise ValueError(

@@ -99,11 +99,19 @@ class Summary:
 
 
 def actor_coeff(
-    config: VimpoConfig, *, mean_length: float, residual_rms: float, correlation: float, actor_loss_weight: float
+    config: VimpoConfig,
+    *,
+    mean_length: float,
+    residual_rms: float,
+    correlation: float,
+    actor_loss_weight: float,
+    value_scale: float = 1.0,
+    advantage_rms: float | None = None,
 ) -> float:
     """c_A: the number given or, for "auto", the same push at any length, times max(0, correlation).
 
-        auto:  alpha * beta * mean_length * rms_over_tokens(residual) / actor_loss_weight   (docs/method.md, "Scale")
+        auto:      alpha * v * beta * mean_length * rms_over_tokens(residual) / actor_loss_weight   (docs/method.md, "Scale")
+        gradient:  that over rms_over_tokens(A): alpha times the ratio of the two gradients on the tokens' log-probs
 
     Args:
         config: the knobs, with the number of beta.
@@ -111,14 +119,18 @@ def actor_coeff(
         residual_rms: of sum_t td_t - (R - V0), over tokens.
         correlation: of the policy's judgement with the outcomes.
         actor_loss_weight: as for `batch.compute_batch`.
+        value_scale: v, what L_V is multiplied by.
+        advantage_rms: over tokens, of the advantages as L_A has them; for "gradient".
     """
     if not config.use_actor:
         return 0.0
     coeff = config.actor_coeff
-    if coeff == "auto":
-        value_push = config.beta * mean_length * residual_rms
-        coeff = config.actor_alpha * value_push / actor_loss_weight if value_push > 0 else 0.0
-    return coeff * max(0.0, correlation) if config.actor_trust else coeff
+    if coeff in ("auto", "gradient"):
+        value_push = value_scale * config.beta * mean_length * residual_rms
+        actor_push = actor_loss_weight * (1.0 if coeff == "auto" else advantage_rms)
+        coeff = config.actor_alpha * value_push / actor_push if value_push > 0 and actor_push > 0 else 0.0
+    trusted = config.actor_trust and config.actor_advantage == "implied"  # GRPO's is no judgement of the policy's
+    return coeff * max(0.0, correlation) if trusted else coeff
 
 
 def outcome_correlation(judgement: Tensor, outcome: Tensor, group: Sequence[Hashable]) -> float:

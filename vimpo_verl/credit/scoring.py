@@ -68,9 +68,9 @@ def statistics_of(policy, reference, encoded: Encoded, temperature: float) -> To
 def credit_of(
     statistics: TokenStatistics, answer: Answer, mask: Sequence[int], config: VimpoConfig, lam: float
 ) -> Credit:
-    """td, values and advantages of an answer, with kappa by the estimator that training used."""
+    """td, values and advantages of an answer, with kappa by the estimator that training used; for "topk" the whole KL."""
     log_prob, ref_log_prob, kl = (numbers.double().cpu().unsqueeze(0) for numbers in statistics[:3])
-    if config.kl_estimator != "exact":
+    if config.kl_estimator in F.SAMPLED_KL_ESTIMATORS:
         kl = F.sampled_kl(log_prob, ref_log_prob, config.kl_estimator)
     valid = torch.tensor([mask])
     td = F.td_residual(log_prob, ref_log_prob, kl, valid, config.beta)
