@@ -10,12 +10,17 @@ TRAINER = "verl.trainer.ppo.v1.trainer_base:PPOTrainer"
 OLDER_TRAINER = "verl.trainer.ppo.ray_trainer:RayPPOTrainer"
 ONE_STEP_OFF = "verl.experimental.one_step_off_policy.ray_trainer:OneStepOffRayTrainer"
 FULLY_ASYNC = "verl.experimental.fully_async_policy.fully_async_rollouter:FullyAsyncRollouter"
+DETACHED = "verl.experimental.separation.engine_workers:DetachActorWorker"
+SEPARATE = "verl.trainer.ppo.v1.trainer_separate_async:PPOTrainerSeparateAsync"
 WORKERS = "verl.workers.engine_workers"
 ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
 LOSSES = "verl.workers.utils.losses"
 PADDING = "verl.workers.utils.padding"
 AGENT_LOOP = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ"
 REPLAY_BUFFER = "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer"
+POLICY_LOSS_ARGUMENTS = (
+    "old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights",
+)  # fmt: skip
 BUDGET = "verl_patches.rollout_budget"
 STEP = ("self", "batch", "metrics")
 STATES = ("partitions", "pending_keys", "running_keys", "finished_keys", "failure_keys")
@@ -30,19 +35,13 @@ CONTRACT = {
         (f"{ALGOS}:ADV_ESTIMATOR_REGISTRY", Holds(("grpo", "vimpo"))),
         (
             f"{ALGOS}:compute_policy_loss_vanilla",
-            Called(
-                0,
-                (
-                    "old_log_prob",
-                    "log_prob",
-                    "advantages",
-                    "response_mask",
-                    "loss_agg_mode",
-                    "config",
-                    "rollout_is_weights",
-                ),
-            ),
+            Called(0, POLICY_LOSS_ARGUMENTS),
         ),
+        # What a registered policy loss is handed, and what those of verl take, whichever the recipe names.
+        *[
+            (f"{ALGOS}:compute_policy_loss_{name}", Called(0, POLICY_LOSS_ARGUMENTS))
+            for name in ("gspo", "sapo", "cispo", "gpg", "dppo_tv", "dppo_kl", "clip_cov", "kl_cov")
+        ],
         # Whoever calls an estimator by its name hands it at least these.
         (
             "verl.trainer.ppo.ray_trainer:compute_advantage",
@@ -90,6 +89,18 @@ CONTRACT = {
     "trainer, worker, joint pass and value loss": [
         ("verl.trainer.ppo.v1.trainer_base:TRAINER_REGISTRY", Holds(("sync", "colocate_async"))),
         ("verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.run", Mentions(("get_trainer_cls", "config"))),
+        ("verl.trainer.ppo.v1.trainer_base:TRAINER_REGISTRY", Holds(("separate_async",))),
+        (f"{DETACHED}", Derives("verl_patches.separate_worker:VimpoDetachActorWorker")),
+        (f"{DETACHED}.restore_model_from_cpu", Parameters(("self", "n"))),
+        (f"{SEPARATE}._init_resource_pool_mgr", Mentions(("DetachActorWorker", "ActorRolloutRef", "ActorRollout"))),
+        (
+            f"{SEPARATE}._compute_old_log_prob",
+            Mentions(("save_model_to_cpu", "restore_model_from_cpu", "local_trigger_step")),
+        ),
+        (
+            f"{TRAINER}._compute_advantage",
+            Mentions(("compute_rollout_correction_and_add_to_batch", "rollout_log_probs")),
+        ),
         (f"{TRAINER}.__init__", Parameters(("self", "config"))),
         (f"{TRAINER}.__init__", Mentions(("config", "use_reference_policy"))),
         (f"{TRAINER}._init_resource_pool_mgr", Parameters(("self",))),

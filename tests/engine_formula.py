@@ -87,15 +87,18 @@ def actor_coeff(samples, sums, targets, beta, alpha=0.1):
 
 
 def step(models: Path, samples, *, temperature=1.0, beta=0.1, lam=1.0, lr=0.0, mini_batches=1, epochs=1, equal=False,
-         entropy_coeff=0.0, kl_coeff=0.0, coeff=None, policy=None, weigh=None) -> dict:  # fmt: skip
+         entropy_coeff=0.0, kl_coeff=0.0, coeff=None, policy=None, weigh=None, keep=None,
+         old=None) -> dict:  # fmt: skip
     """One step with SGD. Returns tokens, coeff, and per update: value_loss, actor_loss, gradients; parameters at the end.
 
     entropy_coeff, kl_coeff: verl's own terms, token means of the entropy and of the low-variance KL to the reference.
     policy: the one to start from, as an earlier step left it; None: the model on disk.
     weigh: old log-probs of a sample, its position in the batch -> importance weights of its tokens in the actor loss.
+    old: the tokens of another policy that are to be the old ones; None: those of the one to start from.
+    keep: the same -> whether the sample is in the value loss at all.
     """
     policy, ref = policy or load(models / "policy"), load(models / ("policy" if equal else "ref"))
-    tokens = per_token(policy, ref, samples, temperature)
+    tokens = old or per_token(policy, ref, samples, temperature)
     white, sums, targets = advantages_and_targets(tokens, samples, beta, lam)
     coeff = actor_coeff(samples, sums, targets, beta) if coeff is None else coeff
     size, updates = len(samples) // mini_batches, []
@@ -104,12 +107,14 @@ def step(models: Path, samples, *, temperature=1.0, beta=0.1, lam=1.0, lr=0.0, m
             rows = range(start, start + size)
             value_loss, actor_loss, extra = 0.0, 0.0, 0.0
             count = sum(sum(samples[i].mask) for i in rows)
+            kept = [i for i in rows if keep is None or keep(tokens["log_probs"][i], i)]
             for i in rows:
                 mask = torch.tensor(samples[i].mask, dtype=torch.float64)
                 log_p = log_distributions(policy, samples[i], temperature)
                 new = log_p.gather(-1, torch.tensor(samples[i].response).unsqueeze(-1)).squeeze(-1)
                 td = beta * (new - tokens["ref_log_probs"][i] - tokens["token_kl"][i])
-                value_loss = value_loss + 0.5 * ((mask * td).sum() - targets[i]) ** 2 / size
+                if i in kept:
+                    value_loss = value_loss + 0.5 * ((mask * td).sum() - targets[i]) ** 2 / len(kept)
                 for t in range(len(mask)):
                     if mask[t]:
                         ratio = torch.exp(new[t] - tokens["log_probs"][i][t])

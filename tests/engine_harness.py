@@ -33,6 +33,8 @@ class Setting:
     sp_size: int = 1
     use_fused_kernels: bool = False
     lora_rank: int = 0
+    router_replay: bool = False
+    routes: dict | None = None  # sample -> experts of each token, of the rollout
     # What does change the result:
     temperature: float = 1.0
     mini_batches: int = 1
@@ -280,13 +282,27 @@ def joint_pass(workers: Workers, samples: list[Sample], setting: Setting) -> dic
     from verl_patches.joint_pass import joint_infer_batch
 
     data = to_tensordict(samples, temperature=setting.temperature, calculate_entropy=True, compute_loss=False)
+    add_routes(data, [setting.routes.get(s) for s in samples] if setting.routes else None, setting)
     output = joint_infer_batch(
         workers.actor, workers.ref, data, knobs_of(setting).kl_estimator, knobs_of(setting).kl_top_k
     )
     if output is None:  # only the first rank of a sequence-parallel group collects
         return {}
     names = ("log_probs", "entropy", "ref_log_probs", "token_kl")
-    return {name: response_part(output[name].unbind(), samples) for name in names}
+    result = {name: response_part(output[name].unbind(), samples) for name in names}
+    if "routed_experts" in output.keys():  # recorded, of the whole sequence
+        result["routed_experts"] = list(output["routed_experts"].unbind())
+    return result
+
+
+def add_routes(data: TensorDict, routes: list | None, setting: Setting) -> None:
+    """What verl's worker and agent loop add to a batch where the routes of tokens through experts are to be those recorded."""
+    from verl.utils import tensordict_utils as tu
+
+    if setting.router_replay:
+        tu.assign_non_tensor(data, enable_routing_replay=True)
+    if routes is not None:
+        data["routed_experts"] = torch.nested.as_nested_tensor(routes, layout=torch.jagged)
 
 
 def gather_rows(mine: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
@@ -339,6 +355,10 @@ class training_data:
         )
         data["returns"] = self.over_response(self.batch.returns[mine], samples)
         data["vimpo_is_real"] = torch.tensor([float(not s.is_padding) for s in samples])
+        recorded = self.per_token.get("routed_experts")
+        add_routes(
+            data, [setting.routes[s] for s in samples] if setting.routes else recorded and recorded[mine], setting
+        )
         return data
 
 

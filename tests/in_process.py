@@ -107,6 +107,9 @@ class InProcessGroup:
     def update_actor(self, batch):
         return self.worker.update_actor(self._data(batch))
 
+    def __getattr__(self, name):  # save_model_to_cpu and the like, which take no batch
+        return getattr(self.worker, name)
+
 
 def make_config(path, *overrides):
     """A GRPO recipe with the switch, for a batch of 8 samples on the CPU; validated as verl's driver does."""
@@ -158,7 +161,8 @@ def make_trainer(config, monkeypatch, stock=None):
     monkeypatch.setattr(transfer_queue, "kv_batch_put", queue.put)
     monkeypatch.setattr(engine_workers, "get_rollout_class", lambda name, mode: lambda **_: None)
     trainer_type = trainer_class(stock or TRAINER_REGISTRY[config.trainer.v1.trainer_mode], config)
-    worker_type = trainer_type.worker_type or engine_workers.ActorRolloutRefWorker
+    verls = verls_worker(config.trainer.v1.trainer_mode)
+    worker_type = trainer_type.worker_in_place_of(verls) or verls
     role = "actor_rollout_ref" if need_reference_policy(config) else "actor_rollout"
     worker = worker_type(config=copy.deepcopy(config.actor_rollout_ref), role=role)  # it takes keys out
     worker.init_model()
@@ -167,6 +171,14 @@ def make_trainer(config, monkeypatch, stock=None):
     trainer.set_up_estimator()
     trainer.actor_rollout_wg = InProcessGroup(worker, queue)
     return trainer, queue
+
+
+def verls_worker(mode: str) -> type:
+    """The class that verl's trainer of this mode makes its hybrid worker of."""
+    from verl.experimental.separation.engine_workers import DetachActorWorker
+    from verl.workers.engine_workers import ActorRolloutRefWorker
+
+    return DetachActorWorker if mode == "separate_async" else ActorRolloutRefWorker
 
 
 def run_trainer_step(trainer, queue, samples) -> dict[str, float]:

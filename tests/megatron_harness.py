@@ -81,7 +81,12 @@ def make_megatron_worker(worker_cls, path, setting: MegatronSetting, forward_onl
     """A TrainingWorker with SGD, so that parameters move by lr * gradient."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import HFModelConfig, McoreEngineConfig, McoreOptimizerConfig, TrainingWorkerConfig
+    from verl.workers.config.engine import EngineRouterReplayConfig
 
+    if setting.router_replay and not forward_only:
+        replay = {"router_replay": EngineRouterReplayConfig(mode="R3" if setting.routes else "R2")}
+    else:
+        replay = {}
     transformer = {
         "use_cpu_initialization": True,
         "masked_softmax_fusion": False,
@@ -108,6 +113,7 @@ def make_megatron_worker(worker_cls, path, setting: MegatronSetting, forward_onl
         infer_micro_batch_size_per_gpu=setting.micro_batch_size,
         use_distributed_optimizer=False,
         **setting.engine,
+        **replay,
     )
     if setting.dtype == "fp32":
         object.__setattr__(engine, "dtype", "fp32")  # the engine can, its configuration has no word for it

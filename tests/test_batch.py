@@ -216,6 +216,21 @@ def test_placeholders_count_nowhere(pad_group):
     assert batch.actor_coeff == pytest.approx(expected.actor_coeff, rel=1e-12)
 
 
+def test_a_session_of_several_sequences_counts_once_in_its_group():
+    """Beside each of the first four a sequence of the same session that came before it, whose own reward is of no account."""
+    inputs = make_inputs()
+    alone = compute(inputs)
+    earlier = {**make_inputs(seed=1), "outcome": OUTCOME + 7.0, "group": GROUPS}
+    joined = {
+        name: torch.cat([value, earlier[name][:4]]) if torch.is_tensor(value) else value + GROUPS[:4]
+        for name, value in inputs.items()
+    }
+    both = compute_batch(**joined, config=CONFIG, lam=0.9, session_end=torch.tensor([*range(8), *range(4)]))
+    target = alone.returns.amax(-1) + alone.returns.amin(-1)  # one value on every valid token, 0 elsewhere
+    torch.testing.assert_close(both.returns[:8], alone.returns)
+    torch.testing.assert_close(both.returns[8:], torch.where(joined["response_mask"][8:].bool(), target[:4, None], 0.0))
+
+
 def test_the_order_of_samples_does_not_matter():
     inputs, order = make_inputs(), torch.tensor([5, 2, 7, 0, 4, 1, 6, 3])
     shuffled = {name: value[order] for name, value in inputs.items() if name != "group"}

@@ -25,7 +25,10 @@ def test_says_yes_here():
     done = run_check()
     assert done.returncode == 0, done.stdout
     assert "0.9.1, tested" in done.stdout
-    assert done.stdout.count("in force by") == len(seams.SEAMS)
+    lines = [line for line in done.stdout.splitlines() if "in force by" in line]
+    assert len(lines) == len(seams.SEAMS)
+    for seam, line in zip(seams.SEAMS, lines, strict=True):
+        assert f"'{seam.name}'" in line and seam.until and seam.until in line and seam.upstream in line
     assert "'vimpo' is vimpo_verl.registrations.vimpo_advantage" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("Yes:")
 

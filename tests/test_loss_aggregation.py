@@ -14,7 +14,7 @@ import pytest
 import torch
 from engine_samples import make_samples
 from in_process import make_config, make_trainer, run_trainer_step
-from test_validation import compose, refusals, validate, vimpo
+from test_validation import compose, validate, vimpo
 
 from verl_patches.loss_aggregation import aggregation_weight, full_length_weight
 from vimpo_verl import functional as F
@@ -115,9 +115,12 @@ def pushes(mode: str, full: bool, knobs: VimpoConfig = KNOBS) -> float:
 def actor_loss_arguments(config, mode, of_mini_batch, batch, mask, rows, width) -> dict:
     from verl.workers.config import FSDPActorConfig
 
+    from verl_patches.policy_loss_config import VimpoPolicyLossConfig
+
     actor_config = FSDPActorConfig(
-        strategy="fsdp2", rollout_n=4, ppo_micro_batch_size_per_gpu=1, loss_agg_mode=mode, loss_scale_factor=LENGTH
-    )
+        strategy="fsdp2", rollout_n=4, ppo_micro_batch_size_per_gpu=1, loss_agg_mode=mode, loss_scale_factor=LENGTH,
+        policy_loss=VimpoPolicyLossConfig(loss_mode="vimpo"),
+    )  # fmt: skip
     actor_config.global_batch_info.update(of_mini_batch, dp_size=1, loss_scale_factor=actor_config.loss_scale_factor)
     return {
         "advantages": batch.advantages[rows, :width].sign(),
@@ -198,9 +201,14 @@ def test_a_number_is_taken_as_it_is_where_it_weighs_as_the_papers(caplog, mode):
     assert warned(caplog, f"{AGG_MODE}={mode}", f"{SCALE}=256", "+algorithm.vimpo.actor_coeff=5e-3") == ""
 
 
-def test_a_horizon_that_depends_on_the_micro_batch_is_refused():
-    (problem,) = refusals(vimpo(f"{AGG_MODE}=seq-mean-token-sum-norm"))
-    assert f"{AGG_MODE}=seq-mean-token-sum-norm" in problem and f"write {SCALE}=256" in problem
+def test_a_horizon_that_depends_on_the_micro_batch_is_given_the_longest_response(caplog):
+    config = vimpo(f"{AGG_MODE}=seq-mean-token-sum-norm")
+    with caplog.at_level(logging.WARNING, logger="vimpo_verl"):
+        validate(config)
+    assert config.actor_rollout_ref.actor.loss_scale_factor == config.data.max_response_length == 256
+    assert (
+        f"{AGG_MODE}=seq-mean-token-sum-norm without" in caplog.text and "data.max_response_length=256" in caplog.text
+    )
 
 
 def test_extra_terms_are_weighed_in_the_recipes_mode(caplog):

@@ -36,6 +36,7 @@ ACCEPTED = {
     "vanilla mbridge": [f"{A}.megatron.use_mbridge=True", f"{A}.megatron.vanilla_mbridge=True"],
     "fused kernels": [f"{M}.use_fused_kernels=True"],
     "current kappa": ["+algorithm.vimpo.kappa_policy=current"],
+    "router replay": [f"{A}.megatron.router_replay.mode=R3"],
     "LoRA": [f"{M}.lora.rank=32", f"{M}.lora.alpha=64", f"{M}.use_fused_kernels=True"],
     "sampled KL": ["+algorithm.vimpo.kl_estimator=k3", f"{A}.megatron.pipeline_model_parallel_size=4"],
 }
@@ -63,7 +64,7 @@ REFUSED = {
     f"{A}.megatron.use_megatron_fsdp=True": "Megatron-FSDP",
     f"++{A}.megatron.override_transformer_config.should_pad_vocab=True": "would count the padding",
     f"{A}.megatron.qat.enable=True": "verl quantises no reference",
-    f"{A}.megatron.router_replay.mode=R3": "not run with router replay",
+    f"{R}.megatron.router_replay.mode=R3": "the routes are the policy's",
     f"{R}.megatron.dtype=float16": "equal weights would give different logits",
     f"{M}.lora_rank=8": "makes and loads adapters by lora.rank alone",
     f"{M}.mtp.enable=True": "multi-token prediction",

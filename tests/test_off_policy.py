@@ -3,8 +3,9 @@
 Stale samples (trainer mode colocate_async): kappa, old log-probs, advantages and c_A belong to the policy that starts
 the update, whichever policy wrote the responses. Rollout correction: verl's importance weights (rollout_is) multiply
 L_A token by token and leave L_V alone: the optimum of L_V has a zero residual for every response, whatever distribution
-they come from. Several epochs: values, advantages and targets stay those of the old policy. Rejection (rollout_rs) and
-separate_async are refused in the driver (test_validation.py).
+they come from. Rejection (rollout_rs): rejected tokens leave L_A, L_V keeps whole responses, and a response of which verl
+rejects every token leaves both; its reward stays in its group's V0. Several epochs: values, advantages and targets stay those of
+the old policy.
 
 verl's trainer stages and worker in one process (in_process.py) against float64; one whole run, marked slow, with
 samples that are really stale. Not claimed: that training learns as well from stale samples.
@@ -58,9 +59,10 @@ def second_step(models, monkeypatch, *overrides, rollout_log_probs=False):
     return metrics, change(before, parameters_of(engine)), list(queue.rows.values())
 
 
-def formula_of_second_step(models, weigh=None, **changed):
+def formula_of_second_step(models, weigh=None, keep=None, **changed):
     first = engine_formula.step(models, SAMPLES, **{**FORMULA, **changed})
-    second = engine_formula.step(models, SAMPLES, **{**FORMULA, **changed}, policy=first["policy"], weigh=weigh)
+    of_second = {"policy": first["policy"], "weigh": weigh, "keep": keep}
+    second = engine_formula.step(models, SAMPLES, **{**FORMULA, **changed}, **of_second)
     return first, second, change(first["parameters"], second["parameters"])
 
 
@@ -95,6 +97,35 @@ def test_importance_weights_multiply_the_actor_loss_alone(models, monkeypatch, l
     assert metrics["vimpo/actor_loss"] == pytest.approx(expected["updates"][0]["actor_loss"], rel=1e-3)
     assert metrics["vimpo/value_loss"] == pytest.approx(expected["updates"][0]["value_loss"], rel=1e-4)
     assert relative(moved, expected_move) < 1e-3 < 0.02 < relative(moved, unweighted)
+
+
+def test_rejected_tokens_leave_the_actor_loss_and_rejected_responses_both(models, monkeypatch):
+    first, second, unrejected = formula_of_second_step(models)
+    pairs = zip(second["tokens"]["log_probs"], first["tokens"]["log_probs"], strict=True)
+    k2 = [0.5 * (now - then) ** 2 for now, then in pairs]
+    of_tokens, of_responses = torch.cat(k2).sort().values, torch.stack([row.max() for row in k2]).sort().values
+    token_limit = of_tokens[len(of_tokens) // 2 - 1 : len(of_tokens) // 2 + 1].mean().item()
+    limit = of_responses[len(of_responses) // 2 - 1 : len(of_responses) // 2 + 1].mean().item()
+
+    def keep(old_log_probs, i):
+        return bool(0.5 * ((old_log_probs - first["tokens"]["log_probs"][i]) ** 2).max() <= limit)
+
+    def weigh(old_log_probs, i):
+        tokens = 0.5 * (old_log_probs - first["tokens"]["log_probs"][i]) ** 2 <= token_limit
+        return (tokens & keep(old_log_probs, i)).double()
+
+    _, expected, expected_move = formula_of_second_step(models, weigh, keep=keep)
+    overrides = (
+        "algorithm.rollout_correction.rollout_rs='token_k2,seq_max_k2'",
+        f"algorithm.rollout_correction.rollout_rs_threshold='{token_limit},{limit}'",
+    )
+    metrics, moved, rows = second_step(models, monkeypatch, *overrides, rollout_log_probs=True)
+    left = [int(row["response_mask"].sum()) for row in rows]
+    assert left.count(0) == len(SAMPLES) // 2 and 0 < sum(left) < sum(sum(s.mask) for s in SAMPLES)
+    assert [float(row["vimpo_is_real"]) for row in rows] == [float(n > 0) for n in left]
+    assert metrics["vimpo/actor_loss"] == pytest.approx(expected["updates"][0]["actor_loss"], rel=1e-3)
+    assert metrics["vimpo/value_loss"] == pytest.approx(expected["updates"][0]["value_loss"], rel=1e-4)
+    assert relative(moved, expected_move) < 1e-3 < 0.02 < relative(moved, unrejected)
 
 
 def test_several_epochs(models, monkeypatch):

@@ -95,7 +95,11 @@ def test_the_joint_pass_is_forgotten_afterwards():
 def make_actor_config():
     from verl.workers.config import FSDPActorConfig
 
-    return FSDPActorConfig(rollout_n=2, ppo_micro_batch_size_per_gpu=1)
+    from verl_patches.policy_loss_config import VimpoPolicyLossConfig
+
+    return FSDPActorConfig(
+        rollout_n=2, ppo_micro_batch_size_per_gpu=1, policy_loss=VimpoPolicyLossConfig(loss_mode="vimpo")
+    )
 
 
 def loss_inputs():
@@ -138,7 +142,9 @@ def test_a_seam_that_fails_is_remembered_and_breaks_nothing(monkeypatch, capsys)
 
     monkeypatch.setattr(seams, "_failures", {})
     monkeypatch.setattr(seams, "_in_force", set())
-    broken = seams.Seam("a name", "verl.some.module", "verl_patches.no_such_module:install", "something", "wrapper")
+    broken = seams.Seam(
+        "a name", "verl.some.module", "verl_patches.no_such_module:install", "something", "wrapper", "never"
+    )
     seams._install(broken, None)
     assert "no_such_module" in seams.failures()["a name"] and not seams.is_in_force(broken)
     assert "'a name'" in capsys.readouterr().err

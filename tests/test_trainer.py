@@ -117,12 +117,35 @@ def test_a_non_finite_model_is_named_with_sample_and_token(trainer_and_queue, wh
         run_trainer_step(trainer, queue, make_samples(tool_tokens=False))
 
 
-def test_several_outputs_of_one_session_are_refused(trainer_and_queue):
-    from verl_patches.family_trainer import require_one_output_a_session
+def test_the_last_output_of_a_session_ends_it(trainer_and_queue):
+    from verl_patches.family_trainer import session_ends
 
-    require_one_output_a_session(["a_0_0", "a_1_0", "b_0_0"])
-    with pytest.raises(NotImplementedError, match="3 outputs for 2 sessions"):
-        require_one_output_a_session(["a_0_0", "a_0_1", "b_0_0"])
+    assert session_ends(["a_0_0", "a_1_0", "b_0_0"]) == [0, 1, 2]
+    assert session_ends(["a_0_10", "a_1_0", "a_0_9", "u_x_0_0", "a_0_2"]) == [0, 1, 0, 3, 0]
+
+
+def test_the_outputs_of_a_session_share_its_reward(models, monkeypatch):
+    """Two prompts of two sessions, each with two outputs, of which the last has the reward; the queue's order is another."""
+    samples = make_samples(seed=3, prompts=4, group_size=2, tool_tokens=False)
+    keys = ["p_0_0", "p_0_1", "q_0_1", "q_0_0", "p_1_1", "p_1_0", "q_1_0", "q_1_1"]
+    rewards = dict(zip(keys, [9.0, 1.0, 1.0, 9.0, 0.0, 9.0, 9.0, 1.0], strict=True))
+    samples = [replace(s, uid=key[0], outcome=rewards[key]) for s, key in zip(samples, keys, strict=True)]
+    trainer, queue = make_trainer(make_config(models / "policy", "+algorithm.vimpo.actor_coeff=0.3"), monkeypatch)
+    start = queue.start
+
+    def start_with_outputs(samples):
+        batch = start(samples)
+        queue.rows = dict(zip(keys, queue.rows.values(), strict=True))
+        queue.tags = dict(zip(keys, queue.tags.values(), strict=True))
+        return type(batch)(keys, queue.tags_of(keys), batch.partition_id, extra_info=batch.extra_info)
+
+    queue.start = start_with_outputs
+    metrics = run_trainer_step(trainer, queue, samples)
+    targets = {"p_0": 0.5, "p_1": -0.5, "q_0": 0.0, "q_1": 0.0}  # V0: the mean over the sessions of a prompt
+    for key, row in queue.rows.items():
+        assert row["returns"].unique().tolist() == [targets[key[:3]]], key
+    # At the first step the policy is the reference: L_V is 1/2 * target^2, a mean over all outputs.
+    assert metrics["vimpo/value_loss"] == pytest.approx(0.5 * 0.25 * 4 / 8, rel=1e-6)
 
 
 def test_a_batch_that_is_not_from_vimpos_trainer_is_refused(trainer_and_queue):

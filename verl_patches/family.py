@@ -18,10 +18,12 @@ class Member:
         name: of algorithm.adv_estimator, of its section under algorithm, and before the slash of its metrics.
         title: what messages call it.
         config: the function that reads its section: what stands there -> (knobs, problems).
-        recipe: the module with problems(config) and warnings(config, knobs) of a recipe.
+        recipe: the module with problems(config) and warnings(config, knobs) of a recipe and, where it sets anything of it
+            right, adjust(config).
         trainer: the class that is put in front of verl's trainer, derived from family_trainer.FamilyTrainer.
         policy_loss: the class of actor.policy_loss that carries the knobs to the workers, in a field of the estimator's
             name; verl's loss_mode is the name, too. "": the workers need none, and verl's own policy loss stays.
+        keeps_policy_loss: whether the recipe's own loss_mode goes to the workers, too, in the field recipe_loss_mode.
         needs_reference: whether verl is to load a reference policy for it.
     """
 
@@ -31,6 +33,7 @@ class Member:
     recipe: str
     trainer: str
     policy_loss: str = ""
+    keeps_policy_loss: bool = False
     needs_reference: bool = False
 
     def parse_config(self, section: Any) -> tuple[Any, list[str]]:
@@ -56,6 +59,7 @@ FAMILY = {
             recipe="verl_patches.recipe_checks",
             trainer="verl_patches.one_pass:OnePassTrainer",
             policy_loss="verl_patches.policy_loss_config:VimpoPolicyLossConfig",
+            keeps_policy_loss=True,
             needs_reference=True,
         ),
         Member(

@@ -138,7 +138,8 @@ class FamilyTrainer:
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args, **kwargs) -> KVBatchMeta:
         """As verl's; says how many responses verl has dropped, because their generation or reward raised."""
         asked = self._responses_asked(batch)
-        missing = metrics[f"{self.estimator}/missing_responses"] = asked - len(batch.keys)
+        sessions = len(set(session_ends(batch.keys)))
+        missing = metrics[f"{self.estimator}/missing_responses"] = asked - sessions
         if missing:
             say(
                 f"step {self.global_steps}: {missing} of {asked} responses are missing: their generation or reward raised "
@@ -174,12 +175,18 @@ class FamilyTrainer:
             )
         role = hybrid.pop()
         worker = self.role_worker_mapping[role].__ray_actor_class__
-        if worker is not ActorRolloutRefWorker:
+        own = self.worker_in_place_of(worker)
+        if own is None:
             raise RuntimeError(
                 f"{title} puts its own worker in the place of verl's ActorRolloutRefWorker, and {type(self).__name__} has put "
                 f"{worker.__name__} there"
             )
-        self.role_worker_mapping[role] = ray.remote(self.worker_type)
+        self.role_worker_mapping[role] = ray.remote(own)
+
+    @classmethod
+    def worker_in_place_of(cls, verls: type) -> type | None:
+        """The estimator's worker for the one that verl has chosen; None where there is none for it."""
+        return cls.worker_type if verls is ActorRolloutRefWorker else None
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """As verl's; the estimator's metrics under its own name, and a word about mini-batches that were skipped."""
@@ -230,15 +237,28 @@ def say(sentence: str) -> None:
     print(f"vimpo_verl: {sentence}", file=sys.stderr, flush=True)
 
 
+def session_ends(keys: list[str]) -> list[int]:
+    """The row that ended the session of each row: an agent loop may return several outputs for one, in order.
+
+    Args:
+        keys: verl's names of the samples of a batch, {uid}_{session}_{output}.
+    """
+    last: dict[str, tuple[int, int]] = {}
+    for row, key in enumerate(keys):
+        session, output = key.rsplit("_", 1)
+        last[session] = max(last.get(session, (-1, row)), (int(output), row))
+    return [last[key.rsplit("_", 1)[0]][1] for key in keys]
+
+
 def require_one_output_a_session(keys: list[str]) -> None:
-    """verl names a sample {uid}_{session}_{output}; the group statistics need one output a session.
+    """For an estimator that needs one output a session.
 
     Raises:
         NotImplementedError: a session has several.
     """
-    sessions = {key.rsplit("_", 1)[0] for key in keys}
-    if len(sessions) != len(keys):
+    sessions = len(set(session_ends(keys)))
+    if sessions != len(keys):
         raise NotImplementedError(
-            f"{len(keys)} outputs for {len(sessions)} sessions. An agent loop that returns several outputs for one session is "
-            "not supported; return one, with tool output masked"
+            f"{len(keys)} outputs for {sessions} sessions. An agent loop that returns several outputs for one session is not "
+            "supported; return one, with tool output masked"
         )

@@ -5,10 +5,10 @@ verl.utils.kernel.linear_cross_entropy.linear_cross_entropy (backend triton): th
 has the last hidden states, the output matrix and the labels in hand. They are replaced inside a `with` block around one
 forward_step of the policy's engine, and verl's own at any other time. Checked against verl 0.9.1; no upstream issue.
 
-Inside the block the policy's forward reaches its output head, the reference runs nested up to its own, and both are reduced
-in chunks of tokens to per-token numbers while both output matrices are gathered. The reference's engine hands its share
-(reference log-probs and kappa) back nested and gathered over sequence parallelism, because they take the places of its own
-log_probs and entropy.
+Inside the block the policy's forward reaches its output head, the reference runs nested up to its own (with LoRA, where it is
+the same model without adapters, right after the policy's forward instead), and both are reduced in chunks of tokens to
+per-token numbers while both output matrices are gathered. The reference's engine hands its share (reference log-probs and
+kappa) back nested and gathered over sequence parallelism, because they take the places of its own log_probs and entropy.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
+from verl_patches.lora_reference import EngineWithAdaptersOff
 from verl_patches.names import POLICY_ENTROPY, POLICY_LOG_PROBS
 from vimpo_verl.token_statistics import TokenStatistics, linear_token_statistics
 
@@ -33,28 +34,38 @@ class FusedHeads:
     Args:
         ref_engine: verl's FSDP engine of the reference, in eval mode.
         micro_batch: what the policy's engine is working on.
+        nested: run the reference inside the policy's forward. False: `run_reference` is to be called once that is done; the
+            policy's log-probs and entropy are verl's own then, and its hidden states are kept until.
         with_policy: the policy's log-probs and entropy are those computed here (the joint pass). False leaves them, with
             their gradients, to verl's own head (an update), and hands those computed here on beside kappa.
     """
 
-    def __init__(self, ref_engine: Any, micro_batch: TensorDict, with_policy: bool):
-        self.ref_engine, self.micro_batch, self.with_policy = ref_engine, micro_batch, with_policy
+    def __init__(self, ref_engine: Any, micro_batch: TensorDict, *, with_policy: bool, nested: bool):
+        self.ref_engine, self.micro_batch, self.with_policy, self.nested = ref_engine, micro_batch, with_policy, nested
+        self._in_reference = False
         self.reference_output: dict[str, Tensor] = {}
         self._policy: tuple[Tensor, Tensor] | None = None
         self._statistics: TokenStatistics | None = None
 
     def __call__(self, verl_head: Callable, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float):
         """In the place of verl's head: hidden [..., D], weight [V, D], labels [...] -> log_probs, entropy [...]."""
-        if self._policy is not None:
+        if self._in_reference:
             return self._reference_head(hidden, weight, labels, temperature)
         self._policy, self._shape = (hidden.detach().flatten(0, -2), weight.detach()), labels.shape
-        try:
-            self._run_reference()
-        finally:
-            self._policy = None
+        if not self.nested:
+            return verl_head()
+        self.run_reference()
         if not self.with_policy:
             return verl_head()
         return self._statistics.log_prob.view(labels.shape), self._statistics.entropy.view(labels.shape)
+
+    def run_reference(self) -> None:
+        """Run the reference up to its own head, where the policy's hidden states meet it."""
+        self._in_reference = True
+        try:
+            self._run_reference()
+        finally:
+            self._in_reference, self._policy = False, None
 
     @torch.no_grad()
     def _run_reference(self) -> None:
@@ -79,8 +90,11 @@ class FusedHeads:
         return output["log_probs"], output["entropy"]
 
     def _reference_head(self, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float):
+        policys, matrix = self._policy
+        if not self.nested:
+            matrix = weight  # one model: its output matrix has no adapter here, and is gathered now
         self._statistics = linear_token_statistics(
-            *self._policy, hidden.flatten(0, -2), weight, labels.flatten(), temperature
+            policys, matrix, hidden.flatten(0, -2), weight, labels.flatten(), temperature
         )
         return self._statistics.ref_log_prob.view(labels.shape), self._statistics.token_kl.view(labels.shape)
 
@@ -96,11 +110,21 @@ def fused_heads(engine: Any, ref_engine: Any, *, with_policy: bool) -> Iterator[
         with_policy: see FusedHeads.
     """
     verl_forward_step = engine.forward_step
+    one_model = isinstance(ref_engine, EngineWithAdaptersOff)
+    under_way: list[FusedHeads] = []
 
     def forward_step(micro_batch: TensorDict, loss_function: Callable | None, forward_only: bool):
-        heads = FusedHeads(ref_engine, micro_batch, with_policy)
+        if under_way:  # the reference's, with LoRA
+            return verl_forward_step(micro_batch, loss_function=loss_function, forward_only=forward_only)
+        heads = FusedHeads(ref_engine, micro_batch, with_policy=with_policy, nested=not one_model)
 
         def loss_with_reference(model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None):
+            if one_model:
+                under_way.append(heads)
+                try:
+                    heads.run_reference()
+                finally:
+                    under_way.pop()
             model_output.update(heads.reference_output)
             if loss_function is None:  # verl's own stand-in of a forward-only pass
                 return torch.tensor(1.0, device=data["input_ids"].device), {}

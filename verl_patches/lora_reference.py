@@ -1,8 +1,8 @@
 """Seam: with LoRA the reference is the policy's own base model, the adapters switched off.
 
 Touches verl's FSDPEngine.disable_adapter, as verl's own reference pass with LoRA does (`ref_in_actor`). Checked against verl
-0.9.1; no upstream issue. Not with fused kernels: there the reference runs inside the policy's forward, which cannot have its
-adapters on and off at once.
+0.9.1; no upstream issue. A forward cannot have its adapters on and off at once, so with fused kernels, which have no logits
+hook, the reference runs after the policy's forward (verl_patches.fused_head).
 """
 
 import contextlib
@@ -21,7 +21,7 @@ class AdaptersOff:
     """
 
     def __init__(self, actor: Any):
-        self.engine = _EngineWithAdaptersOff(actor.engine)
+        self.engine = EngineWithAdaptersOff(actor.engine)
         self._actor = actor
 
     def infer_batch(self, data: TensorDict) -> TensorDict | None:
@@ -30,7 +30,7 @@ class AdaptersOff:
         return self._actor.infer_batch(data)
 
 
-class _EngineWithAdaptersOff:
+class EngineWithAdaptersOff:
     """The part of an engine's interface that joint pass and update use of the reference."""
 
     def __init__(self, engine: Any):
@@ -45,6 +45,9 @@ class _EngineWithAdaptersOff:
 
     def prepare_model_inputs(self, micro_batch: TensorDict):
         return self._engine.prepare_model_inputs(micro_batch=micro_batch)
+
+    def prepare_model_outputs(self, **arguments: Any) -> dict:
+        return self._engine.prepare_model_outputs(**arguments)
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool):
         with self._engine.disable_adapter():

@@ -1,4 +1,4 @@
-"""What `actor.loss_agg_mode` makes of a loss, asked of verl's own function. No seam: nothing of verl is changed.
+"""What the aggregation of the actor loss makes of it, asked of verl's own function. No seam: nothing of verl is changed.
 
 Reads verl.trainer.ppo.core_algos.agg_loss, so that a mode that a later release adds is known here, too. Checked against
 verl 0.9.1.
@@ -8,6 +8,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# Policy losses of verl that do not look at actor.loss_agg_mode -> the mode that they aggregate by.
+OWN_AGG_MODE = {"sapo": "seq-mean-token-mean"}
+
+
+def recipe_loss_mode(actor: Any) -> str:
+    """The recipe's policy loss, which is the form of L_A, before and after the configuration is made that of VIMPO's workers.
+
+    Args:
+        actor: verl's section actor_rollout_ref.actor.
+    """
+    policy_loss = actor.policy_loss
+    mode = policy_loss.get("loss_mode") or "vanilla"
+    return policy_loss.get("recipe_loss_mode", "vanilla") if mode == "vimpo" else mode
+
+
+def agg_mode(actor: Any) -> str:
+    """How the recipe's policy loss is aggregated. `actor` as above."""
+    return OWN_AGG_MODE.get(recipe_loss_mode(actor), actor.loss_agg_mode)
 
 
 def mini_batch_size(config: Any) -> int:
@@ -20,7 +39,7 @@ def mini_batch_size(config: Any) -> int:
 
 
 def aggregation_weight(config: Any, response_mask: Tensor) -> float:
-    """What `loss_agg_mode` makes of a loss of 1 on every valid token of a mini-batch: 1 for "token-mean".
+    """What the actor loss's aggregation makes of a loss of 1 on every valid token of a mini-batch: 1 for "token-mean".
 
     So it is the sum of the weights of a mini-batch's tokens: a coefficient divided by it weighs the same in every mode.
 
@@ -46,12 +65,15 @@ def full_length_weight(config: Any) -> float:
 
 def _share(config: Any, length: Tensor, mini_batches: float) -> float:
     """agg_loss of ones over sequences of these lengths, which make up this number of mini-batches, divided by that number."""
+    actor = config.actor_rollout_ref.actor
     if not length.any():
         return 0.0
     loss = _agg_loss(
-        config.actor_rollout_ref.actor,
+        agg_mode(actor),
         torch.ones_like(length, dtype=torch.float64),
         length,
+        # The horizon that adjust_losses writes where a recipe leaves it out.
+        loss_scale_factor=actor.loss_scale_factor or config.data.max_response_length,
         batch_num_tokens=length.double().sum() / mini_batches,
         global_batch_size=mini_batch_size(config),
     )
@@ -71,18 +93,18 @@ def aggregate_sums(actor: Any, sums: Tensor, tokens: Tensor) -> float:
     """
     if not tokens.any():
         return 0.0
-    return _agg_loss(actor, sums / tokens.clamp(min=1), tokens)
+    mean = sums / tokens.clamp(min=1)
+    return _agg_loss(actor.loss_agg_mode, mean, tokens, loss_scale_factor=actor.loss_scale_factor)
 
 
-def _agg_loss(actor: Any, mean: Tensor, tokens: Tensor, **of_the_batch: Any) -> float:
+def _agg_loss(mode: str, mean: Tensor, tokens: Tensor, **of_the_batch: Any) -> float:
     """verl's agg_loss, which looks at the sums of a sequence and of its mask alone: one column stands for all tokens."""
     from verl.trainer.ppo.core_algos import agg_loss
 
     loss = agg_loss(
         loss_mat=mean.double().unsqueeze(-1),
         loss_mask=tokens.double().unsqueeze(-1),
-        loss_agg_mode=actor.loss_agg_mode,
-        loss_scale_factor=actor.loss_scale_factor,
+        loss_agg_mode=mode,
         **of_the_batch,
     )
     return loss.item()

@@ -80,11 +80,11 @@ def _not_run(policys: Any, references: Any) -> Iterator[str]:
             if OmegaConf.select(section, name):
                 key = f"actor_rollout_ref.{role}.megatron.{name}"
                 yield f"{key}=True: {reason}; write {key}=False"
-    mode = OmegaConf.select(policys, "router_replay.mode") or "disabled"
+    mode = OmegaConf.select(references, "router_replay.mode") or "disabled"
     if mode != "disabled":
         yield (
-            f"actor_rollout_ref.actor.megatron.router_replay.mode={mode}: VIMPO has not run with router replay; write "
-            "actor_rollout_ref.actor.megatron.router_replay.mode=disabled"
+            f"actor_rollout_ref.ref.megatron.router_replay.mode={mode}: the routes are the policy's, and the reference goes its "
+            "own; write actor_rollout_ref.ref.megatron.router_replay.mode=disabled"
         )
     if references.get("dtype") not in ("bfloat16", policys.get("dtype")):
         yield (

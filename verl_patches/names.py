@@ -3,7 +3,8 @@
 ACTOR_COEFF = "vimpo_actor_coeff"  # float, c_A of the batch
 VALUE_SCALE = "vimpo_value_scale"  # float, what L_V is multiplied by
 BETA = "vimpo_beta"  # float, the beta of the run
-IS_REAL = "vimpo_is_real"  # [B], 0 for the placeholder samples that verl adds to fill a batch
+IS_REAL = "vimpo_is_real"  # [B], 0 for the placeholder samples that verl adds to fill a batch, and for rejected ones
+VALUE_MASK = "vimpo_value_mask"  # [B, T], of L_V, where verl's rejection has taken tokens out of response_mask
 NUM_SEQUENCES = "vimpo_num_sequences"  # int, real sequences of the global mini-batch
 
 # In one pass:

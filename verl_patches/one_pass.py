@@ -24,6 +24,7 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
 
 from verl_patches.batches import is_padding
+from verl_patches.family_trainer import require_one_output_a_session
 from verl_patches.loss_aggregation import aggregation_weight, mini_batch_size
 from verl_patches.names import (
     ADVANTAGE_MEAN,
@@ -130,6 +131,7 @@ class OnePassTrainer(VimpoTrainer):
         """What the estimator is handed, once what there is of it is sound."""
         if not self.takes_one_pass:
             return super()._estimator_input(batch)
+        require_one_output_a_session(batch.keys)
         data = tq.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores", "response_mask", "uid"]
         )

@@ -33,9 +33,11 @@ class VimpoPolicyLossConfig(FamilyPolicyLossConfig):
 
     Attributes:
         vimpo: the knobs, as validated in the driver.
+        recipe_loss_mode: the recipe's own loss_mode, which is the form of L_A; its other keys stay where they are.
     """
 
     vimpo: VimpoConfig = field(default_factory=VimpoConfig)
+    recipe_loss_mode: str = "vanilla"
 
 
 @dataclass

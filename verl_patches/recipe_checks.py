@@ -10,12 +10,13 @@ from typing import Any
 from verl_patches import passes
 from verl_patches.engine_checks import engine_problems, has_lora
 from verl_patches.group_switch import budget_of
-from verl_patches.loss_aggregation import full_length_weight
+from verl_patches.loss_checks import adjust_losses, loss_problems, loss_warnings
 from verl_patches.switch import knobs_of
 from vimpo_verl.config import VimpoConfig
 
 # Trainer modes of verl.trainer.ppo.v1 that FamilyTrainer can be put in front of.
 TRAINER_MODES = ("sync", "colocate_async")
+SEPARATE = "separate_async"  # VIMPO has a worker for it, where policy and reference are in one
 
 
 def problems(config: Any) -> list[str]:
@@ -30,7 +31,7 @@ def problems(config: Any) -> list[str]:
     found = list(type_problems(config))
     if found:
         return found  # the other checks compute with these values
-    for check in (_switches, _reference_refresh, _algorithm, _passes, _trainer, engine_problems, _model, _losses):
+    for check in (_switches, _reference_refresh, _algorithm, _passes, _trainer, engine_problems, _model, loss_problems):
         found += check(config)
     return found
 
@@ -44,9 +45,17 @@ def warnings(config: Any, knobs: VimpoConfig) -> list[str]:
             "policy to the reference; the paper uses 8"
         )
     found += _taken_over(config)
-    found += _fixed_coefficient(config, knobs)
-    found += _extra_terms(config, knobs)
+    found += loss_warnings(config, knobs)
     return found
+
+
+def adjust(config: Any) -> None:
+    """Set right what the recipe has no reason to say otherwise, or is told by a warning. Changes `config`.
+
+    Called once the recipe is accepted and its warnings are given.
+    """
+    adjust_losses(config)
+    config.algorithm.use_kl_in_reward = False
 
 
 def noise_problems(config: Any) -> list[str]:
@@ -143,18 +152,6 @@ def _algorithm(config: Any) -> Iterator[str]:
         yield f"algorithm.gamma={algorithm.gamma}: VIMPO's equations have discount 1; write algorithm.gamma=1.0"
     if not isinstance(algorithm.lam, (int, float)) or not 0.0 <= algorithm.lam <= 1.0:
         yield f"algorithm.lam={algorithm.lam!r}: lambda is a number in [0, 1]; the paper's is algorithm.lam=1.0"
-    if algorithm.get("use_kl_in_reward", False):
-        yield (
-            "algorithm.use_kl_in_reward=True: the reward would hold the KL that kappa already is, which breaks the "
-            "derivation; write algorithm.use_kl_in_reward=False"
-        )
-    correction = algorithm.get("rollout_correction") or {}
-    if correction.get("rollout_rs") is not None:
-        yield (
-            f"algorithm.rollout_correction.rollout_rs={correction.rollout_rs}: it masks tokens of the responses, and VIMPO's "
-            "value loss is about the sum over a whole response; write algorithm.rollout_correction.rollout_rs=null "
-            "(rollout_is works)"
-        )
     if config.get("critic") is not None and config.critic.get("enable"):
         yield "critic.enable=True: VIMPO's values are implied by the policy, there is no critic; remove critic.enable"
 
@@ -177,107 +174,48 @@ def _passes(config: Any) -> Iterator[str]:
 
 
 def _trainer(config: Any) -> Iterator[str]:
-    return trainer_problems(config, "VIMPO")
+    if config.trainer.get("v1", {}).get("trainer_mode") != SEPARATE or not config.trainer.get("use_v1", True):
+        yield from trainer_problems(config, "VIMPO")
+    elif not config.actor_rollout_ref.get("hybrid_engine", True):
+        yield (
+            f"actor_rollout_ref.hybrid_engine=False with trainer.v1.trainer_mode={SEPARATE}: policy and reference would be two "
+            "workers, and VIMPO's pass runs through both in one; write actor_rollout_ref.hybrid_engine=True"
+        )
 
 
 def _model(config: Any) -> Iterator[str]:
     model = config.actor_rollout_ref.model
     if config.actor_rollout_ref.actor.strategy == "megatron":
         return  # verl_patches.megatron_checks
-    if has_lora(model) and not (model.get("lora_rank") or 0) > 0:
+    if model.get("lora_adapter_path") is not None:
         yield (
-            "actor_rollout_ref.model.lora_rank=0 with actor_rollout_ref.model.lora_adapter_path or lora.rank: verl's FSDP "
-            "engine makes and loads adapters by lora_rank alone, and verl keeps no other reference; write "
-            "actor_rollout_ref.model.lora_rank"
+            f"actor_rollout_ref.model.lora_adapter_path={model.lora_adapter_path}: the reference is the model with its adapters "
+            "off, not the adapter's start, so what it has learnt already would be read as values; merge the adapter into the "
+            "model of actor_rollout_ref.model.path and write actor_rollout_ref.model.lora_adapter_path=null"
         )
-    if has_lora(model) and model.get("use_fused_kernels", False):
+    elif has_lora(model) and not (model.get("lora_rank") or 0) > 0:
         yield (
-            "actor_rollout_ref.model.use_fused_kernels=True with LoRA: the reference is the policy with its adapters off "
-            "and cannot run inside the policy's own forward; write actor_rollout_ref.model.use_fused_kernels=False"
-        )
-
-
-def _losses(config: Any) -> Iterator[str]:
-    actor = config.actor_rollout_ref.actor
-    mode = actor.policy_loss.get("loss_mode", "vanilla")
-    if mode not in ("vanilla", "vimpo"):
-        yield (
-            f"actor_rollout_ref.actor.policy_loss.loss_mode={mode}: VIMPO brings its own policy loss; remove "
-            "actor_rollout_ref.actor.policy_loss.loss_mode"
-        )
-    if actor.get("loss_agg_mode") == "seq-mean-token-sum-norm" and actor.get("loss_scale_factor") is None:
-        yield (
-            "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm without a loss_scale_factor: verl divides "
-            "each micro-batch by its own longest response, so the actor loss's weight beside the value loss depends on "
-            "the micro-batches; write "
-            f"actor_rollout_ref.actor.loss_scale_factor={config.data.max_response_length}"
-        )
-    if (config.get("distillation") or {}).get("enabled", False):
-        yield "distillation.enabled=True: VIMPO and distillation use the same logits hook; write distillation.enabled=False"
-    if actor.get("use_prefix_grouper", False):
-        yield (
-            "actor_rollout_ref.actor.use_prefix_grouper=True: the joint pass does not know shared prefixes; write "
-            "actor_rollout_ref.actor.use_prefix_grouper=False"
+            "actor_rollout_ref.model.lora_rank=0 with actor_rollout_ref.model.lora.rank: verl's FSDP engine makes adapters by "
+            "lora_rank alone, and verl keeps no other reference; write actor_rollout_ref.model.lora_rank"
         )
 
 
 def _taken_over(config: Any) -> Iterator[str]:
-    """Settings that had no effect, or another, in the GRPO recipe that they come from."""
+    """Settings that had no effect, or another, in the recipe that they come from."""
+    if config.algorithm.get("use_kl_in_reward", False):
+        yield (
+            "algorithm.use_kl_in_reward=True: kappa is the KL to the reference already, so R is the reward without verl's "
+            "penalty, and algorithm.kl_ctrl has no effect. Write algorithm.use_kl_in_reward=False; how strongly the reference "
+            "pulls is algorithm.vimpo.beta"
+        )
     lam = config.algorithm.lam
     if lam != 1:
         yield (
-            f"algorithm.lam={lam}: GRPO does not look at it, VIMPO does: a token's advantage counts what comes after it with "
-            f"lambda to the distance, which reaches about {1 / (1 - lam):.3g} tokens. The paper's is algorithm.lam=1.0"
+            f"algorithm.lam={lam}: GRPO and its like do not look at it, VIMPO does: a token's advantage counts what comes after "
+            f"it with lambda to the distance, which reaches about {1 / (1 - lam):.3g} tokens. The paper's is algorithm.lam=1.0"
         )
-    adapter = config.actor_rollout_ref.model.get("lora_adapter_path")
-    if adapter is not None:
+    if config.actor_rollout_ref.actor.get("use_prefix_grouper", False):
         yield (
-            f"actor_rollout_ref.model.lora_adapter_path={adapter}: the reference is the base model without this adapter, so "
-            "vimpo/kl is not 0 at the first step, and what the adapter has learnt is read as values. To start from it, "
-            "merge it into the model of actor_rollout_ref.model.path and write "
-            "actor_rollout_ref.model.lora_adapter_path=null"
-        )
-
-
-def _fixed_coefficient(config: Any, knobs: VimpoConfig) -> Iterator[str]:
-    """A number for c_A multiplies whatever loss_agg_mode makes of L_A; the paper's is meant for a mean over tokens."""
-    if not knobs.use_actor or knobs.actor_coeff in ("auto", 0):
-        return
-    weight = full_length_weight(config)
-    if abs(weight - 1) > 1e-6:
-        mode = config.actor_rollout_ref.actor.loss_agg_mode
-        yield (
-            f"actor_rollout_ref.actor.loss_agg_mode={mode} makes L_A {weight:.3g} times its mean over tokens where "
-            f"responses have {config.data.max_response_length} of them, and algorithm.vimpo.actor_coeff="
-            f"{knobs.actor_coeff} does not allow for it. The paper's 5e-3 is for token-mean: write "
-            "actor_rollout_ref.actor.loss_agg_mode=token-mean, or algorithm.vimpo.actor_coeff=auto, which is the same "
-            "push in every mode"
-        )
-
-
-def _extra_terms(config: Any, knobs: VimpoConfig) -> Iterator[str]:
-    """Terms that verl adds to the loss weigh more beside L_V than beside GRPO's loss (docs/method.md, "Scale")."""
-    actor = config.actor_rollout_ref.actor
-    length = config.data.max_response_length
-    grpo = full_length_weight(config)
-    if knobs.beta == "auto":  # for rewards of 0 and 1
-        beta_length, at = knobs.beta_scale, f"beta*T = {knobs.beta_scale:g} (beta_scale)"
-    else:
-        beta_length, at = knobs.beta * length, f"T = {length} tokens"
-    share = beta_length * 0.5 / grpo
-    scale = (
-        f"VIMPO's loss pushes a token with about beta*T*|residual| where GRPO's pushes with {grpo:.3g}: at {at} "
-        f"and |residual| = 0.5 that is {share:.2g} of it, so"
-    )
-    if actor.use_kl_loss:
-        yield (
-            f"actor_rollout_ref.actor.use_kl_loss=True is kept. {scale} kl_loss_coef={actor.kl_loss_coef} weighs as "
-            f"{actor.kl_loss_coef / share:.2g} would with GRPO. The paper turns it off: "
-            "actor_rollout_ref.actor.use_kl_loss=False"
-        )
-    if actor.entropy_coeff != 0:
-        yield (
-            f"actor_rollout_ref.actor.entropy_coeff={actor.entropy_coeff} is kept. {scale} it weighs as "
-            f"{actor.entropy_coeff / share:.2g} would with GRPO. The paper has none: "
-            "actor_rollout_ref.actor.entropy_coeff=0"
+            "actor_rollout_ref.actor.use_prefix_grouper=True: verl's v1 trainer and its engines do not look at it, with any "
+            "estimator: prompts that responses share are computed for each of them"
         )

@@ -24,6 +24,7 @@ class Seam:
         install: "package.module:function"; the function receives that verl module.
         touches: the verl functions or registries concerned, for the reader and for `vimpo check`.
         how: "registration", "wrapper" or "subclass".
+        until: the condition on which the seam can go.
         upstream: the verl issue that would make the seam unnecessary, if there is one.
     """
 
@@ -32,6 +33,7 @@ class Seam:
     install: str
     touches: str
     how: str
+    until: str = ""
     upstream: str = ""
 
 
@@ -42,6 +44,7 @@ SEAMS = (
         install="vimpo_verl.registrations:register",
         touches="register_adv_est, register_policy_loss",
         how="registration",
+        until="never: it is verl's own way to add an estimator and a policy loss",
     ),
     Seam(
         name="PACS: estimator and policy loss",
@@ -49,6 +52,7 @@ SEAMS = (
         install="vimpo_verl.pacs_registrations:register",
         touches="register_adv_est, register_policy_loss",
         how="registration",
+        until="never: it is verl's own way to add an estimator and a policy loss",
     ),
     Seam(
         name="reference policy",
@@ -56,6 +60,7 @@ SEAMS = (
         install="verl_patches.reference_policy:install",
         touches="need_reference_policy",
         how="wrapper",
+        until="verl asks the registered estimator or policy loss whether it needs a reference",
     ),
     Seam(
         name="validation in the driver",
@@ -63,6 +68,7 @@ SEAMS = (
         install="verl_patches.validation:install",
         touches="validate_config",
         how="wrapper",
+        until="verl lets an estimator bring checks of its own, with what its workers are to be told",
     ),
     Seam(
         name="trainer, worker, joint pass and value loss",
@@ -71,6 +77,8 @@ SEAMS = (
         touches="PPOTrainer.__new__, role_worker_mapping, ActorRolloutRefWorker, TrainingWorker, "
         "MegatronEngineWithLMHead._lm_head_logits_processor",
         how="subclass",
+        until="verl hands a registered policy loss the reference's log-probs and other fields of the batch, and a per-token "
+        "statistic of both models' logits can be registered",
         upstream="volcengine/verl#7712 (reference log-probs for a registered policy loss)",
     ),
     Seam(
@@ -79,6 +87,7 @@ SEAMS = (
         install="verl_patches.other_trainers:install",
         touches="RayPPOTrainer.__new__, _create_dataloader",
         how="wrapper",
+        until="RayPPOTrainer and what derives from it are gone from verl and verl-recipe",
     ),
     Seam(
         name="refusal of other runners",
@@ -86,6 +95,7 @@ SEAMS = (
         install="verl_patches.other_runners:install",
         touches="run_ppo",
         how="wrapper",
+        until="every main of verl and verl-recipe validates its configuration, or runs a v1 trainer",
     ),
     Seam(
         name="presence in every process",
@@ -93,6 +103,7 @@ SEAMS = (
         install="verl_patches.presence:install",
         touches="OmegaConf.register_new_resolver",
         how="registration",
+        until="verl says which plugins a process has loaded, and ends one that lacks a plugin that the driver has",
     ),
     Seam(
         name="complete checkpoints",
@@ -100,6 +111,7 @@ SEAMS = (
         install="verl_patches.checkpoints:install",
         touches="PPOTrainer._save_checkpoint, _load_checkpoint, checkpoint_callback",
         how="subclass",
+        until="verl names a checkpoint in its tracker once all of it is there, and resumes from the newest whole one",
     ),
     Seam(
         name="bound on a stage",
@@ -107,6 +119,7 @@ SEAMS = (
         install="verl_patches.watchdog:install",
         touches="PPOTrainer.init, fit and the stages of a step",
         how="subclass",
+        until="verl bounds how long a stage may stand still",
     ),
     Seam(
         name="estimator v05",
@@ -114,6 +127,7 @@ SEAMS = (
         install="vimpo_verl.v05:register",
         touches="register_adv_est",
         how="registration",
+        until="never: it is verl's own way to add an estimator",
     ),
     Seam(
         name="priors",
@@ -121,6 +135,7 @@ SEAMS = (
         install="verl_patches.prior_state:install",
         touches="PPOTrainer._init_dataloader, _submit_batch_to_rollout, _compute_advantage and the checkpoint",
         how="subclass",
+        until="verl keeps a table by prompt that an estimator can read and a checkpoint has",
     ),
     Seam(
         name="rollouts on demand",
@@ -128,6 +143,7 @@ SEAMS = (
         install="verl_patches.rollout_budget:install",
         touches="AgentLoopWorkerTQ._run_prompt and its agent loops, PPOTrainer's batch sizes",
         how="subclass",
+        until="verl's agent loop lets a prompt ask for more responses after it has seen some",
     ),
     Seam(
         name="reward noise",
@@ -135,6 +151,7 @@ SEAMS = (
         install="verl_patches.reward_noise:install",
         touches="PPOTrainer._compute_advantage",
         how="subclass",
+        until="verl has a hook between a batch's rewards and its advantages",
     ),
 )
 

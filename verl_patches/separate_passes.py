@@ -27,6 +27,8 @@ def separate_passes(actor: Any, ref: Any, data: TensorDict, kl_estimator: str) -
     """
     tu.assign_non_tensor(data, calculate_entropy=True, compute_loss=False)
     ref_data = data.copy()  # shallow: verl's passes note their own settings in what they are given
+    if "enable_routing_replay" in ref_data.keys():  # the routes are the policy's
+        tu.assign_non_tensor(ref_data, enable_routing_replay=False)
     output = actor.infer_batch(data)
     ref_output = ref.infer_batch(ref_data)
     if output is None:

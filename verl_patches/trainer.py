@@ -15,9 +15,10 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.workers.utils.padding import response_from_nested
 
 from verl_patches.batches import is_padding
-from verl_patches.family_trainer import FamilyTrainer, require_one_output_a_session, say
+from verl_patches.family_trainer import FamilyTrainer, require_one_output_a_session, say, session_ends
 from verl_patches.loss_aggregation import aggregation_weight
-from verl_patches.names import ACTOR_COEFF, BETA, IS_REAL, VALUE_SCALE
+from verl_patches.names import ACTOR_COEFF, BETA, IS_REAL, VALUE_MASK, VALUE_SCALE
+from verl_patches.passes import bypasses_old_log_probs
 from verl_patches.run_beta import RunBeta
 from verl_patches.worker import VimpoActorRolloutRefWorker
 from vimpo_verl.registrations import JointPassOutput, joint_pass_output
@@ -40,6 +41,15 @@ class VimpoTrainer(FamilyTrainer):
                 f"algorithm.adv_estimator=vimpo: {trainer.__name__}._compute_ref_log_prob would never run, because VIMPO's "
                 "joint pass takes its place. Remove it from that class, or move what it does to another step"
             )
+
+    @classmethod
+    def worker_in_place_of(cls, verls: type) -> type | None:
+        """As FamilyTrainer's; also of verl's worker in separate_async."""
+        from verl.experimental.separation.engine_workers import DetachActorWorker
+
+        from verl_patches.separate_worker import VimpoDetachActorWorker
+
+        return VimpoDetachActorWorker if verls is DetachActorWorker else super().worker_in_place_of(verls)
 
     def set_up_estimator(self) -> None:
         """As FamilyTrainer's."""
@@ -71,7 +81,7 @@ class VimpoTrainer(FamilyTrainer):
         return batch
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        require_one_output_a_session(batch.keys)
+        whole = self._mask_before_rejection(batch)
         output = self._estimator_input(batch)
         with joint_pass_output(output):
             batch = super()._compute_advantage(batch, metrics)
@@ -84,10 +94,14 @@ class VimpoTrainer(FamilyTrainer):
         batch.extra_info.update(
             {ACTOR_COEFF: result.actor_coeff, BETA: result.beta.value, VALUE_SCALE: result.value_scale}
         )
+        if whole is not None:
+            self._keep_whole_responses(batch, whole)
         return batch
 
     def _estimator_input(self, batch: KVBatchMeta) -> Any:
         """What the joint pass has found for the estimator, once it is sound."""
+        if self.knobs.value_type == "soft" or self.knobs.actor_advantage == "grpo":  # which compare rows, not sessions
+            require_one_output_a_session(batch.keys)
         fields = ["old_log_probs", "ref_log_prob", "token_kl", "rm_scores", "response_mask"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         self.require_sound_rewards(batch, data["rm_scores"])
@@ -104,12 +118,43 @@ class VimpoTrainer(FamilyTrainer):
             config=self.run_beta.config,
             lam=self.config.algorithm.lam,
             actor_loss_weight=aggregation_weight(self.config, mask),
+            response_mask=mask,
+            session_end=torch.tensor(session_ends(batch.keys)),
             prior=getattr(self, "batch_prior", None),  # of PriorTrainer, where a prior is asked for
         )
 
     def require_sound_rewards(self, batch: KVBatchMeta, rewards: torch.Tensor) -> None:
         """As require_sound, of what the reward function has returned."""
         self.require_sound(batch, None, "the reward function returned it", reward=rewards)
+
+    def _mask_before_rejection(self, batch: KVBatchMeta) -> torch.Tensor | None:
+        """Nested [B, response]; None where verl rejects nothing."""
+        correction = self.config.algorithm.get("rollout_correction") or {}
+        if correction.get("rollout_rs") is None or bypasses_old_log_probs(self.config):
+            return None
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask"])
+        return data["response_mask"]
+
+    def _keep_whole_responses(self, batch: KVBatchMeta, whole: torch.Tensor) -> None:
+        """After verl's rejection: L_V is about whole responses, but for those of which nothing is left, which leave it, too.
+
+        Args:
+            whole: nested [B, response], the mask before the rejection. That after it is in the queue, for the actor loss.
+        """
+        data = tq.kv_batch_get(
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask", IS_REAL]
+        )
+        left = torch.stack([row.any() for row in data["response_mask"].unbind()])
+        anything = torch.stack([row.any() for row in whole.unbind()])
+        kept = left | ~anything  # a response without a valid token has not been rejected
+        rows = [row * keep for row, keep in zip(whole.unbind(), kept, strict=True)]
+        fields = {
+            VALUE_MASK: torch.nested.as_nested_tensor(rows, layout=torch.jagged),
+            IS_REAL: data[IS_REAL] * kept.to(data[IS_REAL].dtype),
+        }
+        tq.kv_batch_put(
+            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch))
+        )
 
     def _look_at_the_scale(self, returns: torch.Tensor) -> None:
         """Say once that a reward is too far from its group's mean for beta: sum_t log-ratio - KL is to be (R - V0) / beta.

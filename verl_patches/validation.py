@@ -63,6 +63,8 @@ def prepare(config: Any) -> Any:
     _refuse(f"algorithm.adv_estimator={member.name} cannot run with this configuration", list(dict.fromkeys(found)))
     for warning in recipe.warnings(config, knobs) + _version_warning():
         logger.warning("vimpo_verl: %s", warning)
+    if hasattr(recipe, "adjust"):
+        recipe.adjust(config)
     _carry_to_workers(config, member, knobs)
     group_checks.carry_to_workers(config)
     print(
@@ -138,6 +140,8 @@ def _carry_to_workers(config: Any, member: Member, knobs: Any) -> None:
         policy_loss = actor_rollout_ref.actor.policy_loss
         with open_dict(policy_loss):
             policy_loss._target_ = where_the_plugin_is(member.policy_loss.replace(":", "."))
+            if policy_loss.loss_mode != member.name and member.keeps_policy_loss:
+                policy_loss.recipe_loss_mode = policy_loss.loss_mode
             policy_loss.loss_mode = member.name
             policy_loss[member.name] = {"_target_": f"{type(knobs).__module__}.{type(knobs).__name__}", **asdict(knobs)}
     if member.needs_reference:

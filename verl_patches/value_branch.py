@@ -16,7 +16,15 @@ from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
 
 from verl_patches.joint_pass import statistics_against_reference
-from verl_patches.names import ACTOR_COEFF, BETA, NUM_SEQUENCES, POLICY_ENTROPY, POLICY_LOG_PROBS, VALUE_SCALE
+from verl_patches.names import (
+    ACTOR_COEFF,
+    BETA,
+    NUM_SEQUENCES,
+    POLICY_ENTROPY,
+    POLICY_LOG_PROBS,
+    VALUE_MASK,
+    VALUE_SCALE,
+)
 from verl_patches.one_pass_update import OnePassUpdate, is_one_pass
 from verl_patches.targets import target_of
 from vimpo_verl import functional as F
@@ -100,8 +108,9 @@ class VimpoLoss:
         Scaled by dp_size like verl's own losses, because FSDP averages gradients over the data-parallel ranks.
         """
         log_prob = no_padding_2_padding(model_output["log_probs"], data)
-        batch = data.select("response_mask", "ref_log_prob", "token_kl", "returns").to_padded_tensor()
-        mask = batch["response_mask"].bool()
+        mask_name = VALUE_MASK if VALUE_MASK in data.keys() else "response_mask"
+        batch = data.select(mask_name, "ref_log_prob", "token_kl", "returns").to_padded_tensor()
+        mask = batch[mask_name].bool()
         per_sequence = F.value_loss(
             log_prob,
             batch["ref_log_prob"],

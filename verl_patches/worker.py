@@ -154,5 +154,7 @@ class VimpoActorRolloutRefWorker(FamilyWorker):
         Returns:
             verl's output, with `ref_log_probs` and `token_kl` beside `log_probs` and `entropy`.
         """
+        if self.enable_routing_replay:  # as verl's own method says it; the reference's pass takes it back
+            tu.assign_non_tensor(data, enable_routing_replay=True)
         output = joint_infer_batch(self.actor, self.reference, data, self.knobs.kl_estimator, self.knobs.kl_top_k)
         return output.cpu() if output is not None else None

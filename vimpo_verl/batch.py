@@ -50,6 +50,7 @@ def compute_batch(
     lam: float,
     is_padding: Tensor | None = None,
     actor_loss_weight: float = 1.0,
+    session_end: Tensor | None = None,
     prior: Tensor | None = None,
     prior_weight: Tensor | None = None,
 ) -> VimpoBatch:
@@ -66,6 +67,8 @@ def compute_batch(
         is_padding: [B] bool, placeholder sequences that verl added; they count nowhere. None: there are none.
         actor_loss_weight: what the actor loss's aggregation makes of a loss of 1 on every valid token of a mini-batch: 1
             for a mean over tokens. actor_coeff "auto" allows for it.
+        session_end: [B] of row numbers: where a session has several sequences, the one that ended it. Its reward is that of
+            all of them, and it alone counts in its group. None: every sequence is a session of its own.
         prior, prior_weight: [B], for a baseline that needs them (baselines.WITH_PRIOR): each prompt's prior, from 0 to 1, and
             the past answers that it counts for.
 
@@ -80,6 +83,9 @@ def compute_batch(
         response_mask=response_mask, old_log_prob=old_log_prob, ref_log_prob=ref_log_prob, token_kl=token_kl
     )
     mask, length = _valid_tokens(response_mask, real)
+    rows = torch.arange(len(outcome), device=outcome.device)
+    end = rows if session_end is None else session_end
+    outcome = outcome[end]
     beta = _beta(config, length, outcome, group, real)
     config = replace(config, beta=beta.value)
     advantages, values, judgement, kl = _raw(old_log_prob, ref_log_prob, token_kl, mask, config.beta, lam)
@@ -89,8 +95,8 @@ def compute_batch(
         target = soft_target(outcome, group, real, sequence_kl, config)
         judgement = judgement + config.beta * sequence_kl  # sum_t rho: the soft value loss has no kappa
     else:
-        target = _target(outcome, group, real, config, prior, prior_weight)
-    target = target.to(advantages.dtype)
+        target = _target(outcome, group, real & (end == rows), config, prior, prior_weight)[end]
+    target = torch.where(real, target, 0.0).to(advantages.dtype)
     scale = value_scale(config, target, real)
     if config.actor_advantage == "grpo":
         advantages = torch.where(mask, grpo_advantages(outcome, group, real).to(target.dtype).unsqueeze(-1), 0.0)

@@ -126,11 +126,17 @@ def _seams() -> Iterator[Finding]:
             yield Finding(FAIL, f"seam '{seam.name}'", f"{seam.module} cannot be imported: {_reason(error)}")
             continue
         if is_in_force(seam):
-            yield Finding(OK, f"seam '{seam.name}'", f"in force by {seam.how} ({place})")
+            yield Finding(OK, f"seam '{seam.name}'", f"in force by {seam.how} ({place}); {_until(seam)}")
         else:
             yield Finding(
                 FAIL, f"seam '{seam.name}'", f"not in force ({place}): {failures().get(seam.name, 'unknown')}"
             )
+
+
+def _until(seam) -> str:
+    """Until when the seam is needed, and the upstream issue that is about it."""
+    never = seam.until.startswith("never")
+    return ("" if never else "until ") + seam.until + (f" [{seam.upstream}]" if seam.upstream else "")
 
 
 def _registered() -> Iterator[Finding]:

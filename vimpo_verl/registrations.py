@@ -33,6 +33,9 @@ class JointPassOutput:
         config: the knobs.
         lam: verl's algorithm.lam.
         actor_loss_weight: what loss_agg_mode makes of a loss of 1 on every token; 1 for token-mean.
+        response_mask: [B, T], of whole responses, where the one that the estimator is handed lacks tokens that verl has
+            rejected from the policy loss. None: they are the same.
+        session_end: [B], the row that ended the session of each; None: there is one response a session.
         prior: mean and weight, [B] each, for a baseline that needs a prior.
         result: filled by the estimator.
     """
@@ -44,6 +47,8 @@ class JointPassOutput:
     config: VimpoConfig
     lam: float
     actor_loss_weight: float = 1.0
+    response_mask: Tensor | None = None
+    session_end: Tensor | None = None
     prior: tuple[Tensor, Tensor] | None = None
     result: VimpoBatch | None = None
 
@@ -136,8 +141,9 @@ def vimpo_advantage(
             "has one reward a response. Have the reward function return one number as its score; several channels can go "
             "into its extra values, which verl logs"
         )
+    whole = output.response_mask if isinstance(output, JointPassOutput) else None
     of_the_batch = {
-        "response_mask": response_mask,
+        "response_mask": response_mask if whole is None else whole,
         "outcome": token_level_rewards.sum(-1),
         "group": index.tolist(),
         "config": output.config,
@@ -155,6 +161,7 @@ def vimpo_advantage(
         token_kl=output.token_kl,
         lam=output.lam,
         **of_the_batch,
+        session_end=output.session_end,
     )
     return output.result.advantages, output.result.returns
 
@@ -168,10 +175,10 @@ def vimpo_actor_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """verl's policy loss "vimpo": c_A * L_A, where L_A is verl's own PPO-clip loss ("vanilla").
+    """verl's policy loss "vimpo": c_A * L_A, where L_A is the recipe's own policy loss; "vanilla", PPO-clip, is the paper's.
 
-    Arguments and metrics are those of verl's policy losses. L_V is added by verl_patches.value_branch, which also
-    says what c_A is.
+    Arguments and metrics are those of verl's policy losses; config.policy_loss.recipe_loss_mode names the recipe's. L_V is
+    added by verl_patches.value_branch, which also says what c_A is.
 
     Returns:
         The micro-batch's share of c_A * L_A, a scalar, and verl's metrics.
@@ -188,7 +195,7 @@ def vimpo_actor_loss(
         )
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
 
-    loss, metrics = get_policy_loss_fn("vanilla")(
+    loss, metrics = get_policy_loss_fn(config.policy_loss.recipe_loss_mode)(
         old_log_prob=old_log_prob,
         log_prob=log_prob,
         advantages=advantages,
