@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/gpu_bundle.sh FOLDER [VERSION]       wheels of Python VERSION (3.12) on Linux, x86-64, at most 60 MB
 #
-# They are those of verl's engine, without vLLM, and of Ray what can be imported: not its servers, Java or dashboard, because
+# They are those of verl's engine, without vLLM, and of Ray what can be imported: not its servers and Java, because
 # nothing starts a cluster. On the other machine: BUNDLE=FOLDER bash benchmarks/on_gpu.sh
 set -euo pipefail
 
@@ -12,9 +12,11 @@ VERSION=${2:-3.12}
 PYTHON=${PYTHON:-python3}
 LIMIT_MB=60
 PACKAGES=(
-    verl==0.9.1 tensordict==0.10.0 pyvers codetiming datasets==5.2.0 dill multiprocess hydra-core omegaconf ray==2.60.0 torchdata
+    verl tensordict pyvers codetiming datasets dill multiprocess hydra-core omegaconf ray torchdata
     TransferQueue wrapt colorful msgspec orjson pyzmq jsonschema jsonschema-specifications referencing rpds-py pydantic pydantic-core
-    annotated-types typing-inspection
+    annotated-types typing-inspection jmespath fastapi starlette python-multipart email-validator dnspython google-auth google-api-core
+    googleapis-common-protos proto-plus pyasn1 pyasn1-modules cachetools pydantic-extra-types uvicorn watchfiles sniffio
+    opencensus opencensus-context smart-open aiohttp-cors
 )
 PLATFORMS=(manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 manylinux1_x86_64)
 
@@ -22,14 +24,14 @@ mkdir -p "$FOLDER"
 platforms=()
 for platform in "${PLATFORMS[@]}"; do platforms+=(--platform "$platform"); done
 "$PYTHON" -m pip download --quiet --no-deps --only-binary=:all: --python-version "$VERSION" --implementation cp \
-    "${platforms[@]}" --dest "$FOLDER" "${PACKAGES[@]}"
+    "${platforms[@]}" --constraint "$(dirname "${BASH_SOURCE[0]}")/../constraints.txt" --dest "$FOLDER" "${PACKAGES[@]}"
 
 "$PYTHON" - "$FOLDER" <<'PROGRAM'
 import sys
 import zipfile
 from pathlib import Path
 
-DROPPED = ("ray/jars/", "ray/core/src/", "ray/dashboard/", "ray/rllib/", "ray/serve/", "ray/llm/", "ray/tune/")
+DROPPED = ("ray/jars/", "ray/core/src/", "ray/rllib/", "ray/dashboard/client/")
 for wheel in Path(sys.argv[1]).glob("ray-*.whl"):
     slim = wheel.with_suffix(".slim")
     with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(slim, "w", zipfile.ZIP_DEFLATED) as kept:

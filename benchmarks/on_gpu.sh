@@ -39,7 +39,7 @@ if [[ $SMALL == 1 ]]; then
     shapes=(tiny)
 else
     statistics=(--vocabulary 32000 128000 151936 256000 --tokens 8192 32768 --dtype bfloat16 float16 float32 --repeats 9 --compiled 0)
-    step=(--vocabulary 151936 --tokens 16384 --length 4096 --dtype bf16 --repeats 5)
+    step=(--vocabulary 151936 --tokens 4096 --length 2048 --dtype bf16 --repeats 3)
     shapes=(qwen3-0.6b qwen3-1.7b)
     part "tests" 150 "$PYTHON" -m pytest -q -p no:cacheprovider -m "not slow" \
         tests/test_triton_kernel.py tests/test_token_statistics.py tests/test_exact_kl.py

@@ -23,6 +23,7 @@ VISION = {
     "vision_bos_token": "<|vision_start|>",
     "vision_eos_token": "<|vision_end|>",
 }
+TURNS = ("<|im_start|>", "<|im_end|>")  # verl asks a Qwen3-VL's tokenizer for them
 LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz ?="
 TEMPLATE = (
     "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -36,13 +37,14 @@ SIZES = ((24, 16), (16, 16), (32, 16))  # pixels; 4 by 4 a patch, 2 by 2 patches
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character, and those that stand for images."""
-    vocabulary = {token: i for i, token in enumerate([PAD, EOS, *VISION.values(), *LETTERS])}
+    vocabulary = {token: i for i, token in enumerate([PAD, EOS, *VISION.values(), *TURNS, *LETTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, extra_special_tokens=VISION
     )
+    fast.add_tokens(list(TURNS), special_tokens=True)
     fast.chat_template = TEMPLATE
     return fast
 
