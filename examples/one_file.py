@@ -24,9 +24,8 @@ class RunningSums:
         self.prompt_tokens, self.response_tokens = length + 1, length
 
     def prompts(self, count: int, generator: torch.Generator) -> Tensor:
-        return nn.functional.pad(
-            torch.randint(10, (count, self.response_tokens), generator=generator), (0, 1), value=10
-        )
+        digits = torch.randint(10, (count, self.response_tokens), generator=generator)
+        return nn.functional.pad(digits, (0, 1), value=10)
 
     def answers(self, prompts: Tensor) -> Tensor:
         """[B, P] -> [B, T], the only right answer"""
@@ -64,13 +63,15 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A policy of about 0.1 million parameters."""
+    """A policy of about 0.1 million parameters, whose weights start as small as those of a language model."""
 
     def __init__(self, vocabulary: int, positions: int, width=64, heads=2, layers=2):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(positions, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+        for matrix in (weights for weights in self.parameters() if weights.dim() == 2):
+            nn.init.normal_(matrix, std=0.02)
 
     def forward(self, tokens: Tensor, caches: list[list[Tensor]] | None = None) -> Tensor:
         """[B, n] -> logits [B, n, V]; with caches, of tokens that follow those already seen"""
@@ -154,7 +155,7 @@ def imitate(policy, task, accuracy: float, seed: int) -> None:
     generator, held_out = torch.Generator().manual_seed(seed), task.prompts(256, torch.Generator().manual_seed(555))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
     while task.accuracy(policy, held_out) < accuracy:
-        for _ in range(3):
+        for _ in range(5):
             prompts = task.prompts(128, generator)
             log_prob, _ = policy.score(torch.cat([prompts, task.answers(prompts)], 1), task.response_tokens)
             optimizer.zero_grad()
@@ -162,7 +163,7 @@ def imitate(policy, task, accuracy: float, seed: int) -> None:
             optimizer.step()
 
 
-def train(policy, task, loss, *, batches: int, lr: float, seed: int, updates=1, on_batch=None, **sizes) -> list[float]:
+def train(policy, task, loss, *, batches, lr, seed, updates=1, on_batch=lambda rollout: None, **sizes) -> list[float]:
     """`batches` times: sample, then `updates` steps of AdamW. Returns the share of right answers of every batch."""
     reference, curve = copy.deepcopy(policy), []
     generator = torch.Generator().manual_seed(seed)  # of prompts and flips: the same for every loss
@@ -171,8 +172,7 @@ def train(policy, task, loss, *, batches: int, lr: float, seed: int, updates=1, 
     for batch in range(batches):
         rollout = collect(policy, reference, task, generator, **sizes)
         curve.append(rollout.truth.mean().item())
-        if on_batch:
-            on_batch(rollout)
+        on_batch(rollout)
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (batch + 1) / WARM_UP_BATCHES)
         for _ in range(updates):
             optimizer.zero_grad()

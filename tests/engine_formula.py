@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 CLIP_LOW, CLIP_HIGH, CLIP_DUAL = 0.2, 0.28, 10.0
+VALUE_CLIP = 0.2
 
 
 def load(path: Path):
@@ -88,7 +89,7 @@ def actor_coeff(samples, sums, targets, beta, alpha=0.1):
 
 def step(models: Path, samples, *, temperature=1.0, beta=0.1, lam=1.0, lr=0.0, mini_batches=1, epochs=1, equal=False,
          entropy_coeff=0.0, kl_coeff=0.0, coeff=None, policy=None, weigh=None, keep=None,
-         old=None) -> dict:  # fmt: skip
+         old=None, value_clip=VALUE_CLIP) -> dict:  # fmt: skip
     """One step with SGD. Returns tokens, coeff, and per update: value_loss, actor_loss, gradients; parameters at the end.
 
     entropy_coeff, kl_coeff: verl's own terms, token means of the entropy and of the low-variance KL to the reference.
@@ -96,6 +97,7 @@ def step(models: Path, samples, *, temperature=1.0, beta=0.1, lam=1.0, lr=0.0, m
     weigh: old log-probs of a sample, its position in the batch -> importance weights of its tokens in the actor loss.
     old: the tokens of another policy that are to be the old ones; None: those of the one to start from.
     keep: the same -> whether the sample is in the value loss at all.
+    value_clip: None: the paper's L_V, without a ratio.
     """
     policy, ref = policy or load(models / "policy"), load(models / ("policy" if equal else "ref"))
     tokens = old or per_token(policy, ref, samples, temperature)
@@ -113,8 +115,18 @@ def step(models: Path, samples, *, temperature=1.0, beta=0.1, lam=1.0, lr=0.0, m
                 log_p = log_distributions(policy, samples[i], temperature)
                 new = log_p.gather(-1, torch.tensor(samples[i].response).unsqueeze(-1)).squeeze(-1)
                 td = beta * (new - tokens["ref_log_probs"][i] - tokens["token_kl"][i])
-                if i in kept:
-                    value_loss = value_loss + 0.5 * ((mask * td).sum() - targets[i]) ** 2 / len(kept)
+                error = (mask * td).sum() - targets[i]
+                if i in kept and value_clip is None:
+                    value_loss = value_loss + 0.5 * error**2 / len(kept)
+                elif i in kept:  # its number stays, its gradient is weighed by the bounded ratio
+                    slope = error.detach()
+                    value_loss = value_loss + 0.5 * slope**2 / len(kept)
+                    for t in range(len(mask)):
+                        ratio = torch.exp(new[t].detach() - tokens["log_probs"][i][t])
+                        beyond = ratio < 1 - value_clip if slope > 0 else ratio > 1 + value_clip
+                        if mask[t] and not beyond:
+                            push = beta * slope * min(ratio, 1 + value_clip) * new[t]
+                            value_loss = value_loss + (push - push.detach()) / len(kept)
                 for t in range(len(mask)):
                     if mask[t]:
                         ratio = torch.exp(new[t] - tokens["log_probs"][i][t])

@@ -30,16 +30,17 @@ def test_nothing_given_gives_the_defaults():
 
 
 def test_the_defaults_are_those_of_the_design():
-    """The paper's, but for beta, actor_coeff and actor_trust."""
+    """The paper's, but for beta, actor_coeff, actor_trust and value_clip."""
     assert asdict(VimpoConfig()) == {
         "beta": "auto", "beta_scale": 0.5, "actor_coeff": "auto", "actor_alpha": 0.1, "actor_trust": True,
         "kl_estimator": "exact", "whiten": True, "use_actor": True, "value_loss_type": "squared_error", "huber_delta": 0.5,
+        "value_clip": 0.2,
         "baseline": "group_mean", "baseline_cap": None, "kappa_policy": "old", "passes": "auto", "preset": None,
         "ref_refresh_every": None, "kl_top_k": None, "kappa_detach": True, "value_type": "raw", "value_coeff": 1.0,
         "value_normalised": False, "actor_advantage": "implied",
         "stage_timeout": "auto", "validation_timeout": "auto", "startup_timeout": "auto",
     }  # fmt: skip
-    assert parsed(**PAPER_RECIPE) == VimpoConfig(beta=5e-4, actor_coeff=5e-3, actor_trust=False)
+    assert parsed(**PAPER_RECIPE) == VimpoConfig(beta=5e-4, actor_coeff=5e-3, actor_trust=False, value_clip=None)
 
 
 @pytest.mark.parametrize("value", [5e-4, "5e-4", "0.0005", "5E-4"])
@@ -55,7 +56,7 @@ def test_an_integer_becomes_a_float():
 def test_everything_at_once():
     section = dict(
         beta=0.01, beta_scale=0.7, actor_coeff="auto", actor_alpha=0.3, actor_trust=False, kl_estimator="topk", whiten=True,
-        use_actor=True, value_loss_type="huber", huber_delta=0.25, baseline="leave_one_out", baseline_cap=0.9,
+        use_actor=True, value_loss_type="huber", huber_delta=0.25, value_clip=0.1, baseline="leave_one_out", baseline_cap=0.9,
         kappa_policy="current", passes="one", preset="paper", ref_refresh_every=20, kl_top_k=64,
         kappa_detach=False, value_type="raw", value_coeff=2.0, value_normalised=True, actor_advantage="grpo",
         stage_timeout=60.0, validation_timeout=None, startup_timeout=600.0,
@@ -75,6 +76,7 @@ BAD_VALUES = {
     "use_actor": ["", 0.0],
     "value_loss_type": ["mse", None],
     "huber_delta": [0, -1, "x"],
+    "value_clip": [0, -0.2, "x", True, math.inf],
     "baseline": ["mean", None],
     "baseline_cap": ["x", True, math.nan],
     "stage_timeout": [0, -1, "never", True, math.inf],

@@ -42,10 +42,10 @@ def test_papers_recipe_is_written_as_the_code_has_it():
     options = re.findall(
         r"\+algorithm\.vimpo\.(\w+)=([\w.-]+)", CONFIGURATION.split("## The paper's recipe")[1].split("##")[0]
     )
-    given = {"true": True, "false": False}
-    *word, one, two, three = options
+    given = {"true": True, "false": False, "null": None}
+    *word, one, two, three, four = options
     assert word == [("preset", "paper")]
-    config, problems = parse_config({name: given.get(value, value) for name, value in (one, two, three)})
+    config, problems = parse_config({name: given.get(value, value) for name, value in (one, two, three, four)})
     assert not problems
     assert config == VimpoConfig(**PAPER_RECIPE)
 

@@ -103,13 +103,14 @@ def test_a_step_with_other_settings_agrees_with_the_formula(models, changed):
     assert_step_agrees(run_step(models, Setting(**changed), samples), expected)
 
 
-def test_several_mini_batches_and_epochs_agree_with_the_formula(models):
+@pytest.mark.parametrize("value_clip", [0.2, 0.01, None])
+def test_several_mini_batches_and_epochs_agree_with_the_formula(models, value_clip):
     """Values, advantages and targets stay those of the old policy, so the ratio leaves 1 and clipping takes part."""
     samples = make_samples(seed=2, tool_tokens=False)
-    knobs = {"actor_coeff": 0.3, "actor_trust": False}
+    knobs = {"actor_coeff": 0.3, "actor_trust": False, "value_clip": value_clip}
     setting = Setting(mini_batches=2, epochs=2, lr=0.1, knobs=knobs)
     result = run_step(models, setting, samples)
-    expected = engine_formula.step(models, samples, lr=0.1, mini_batches=2, epochs=2, coeff=0.3)
+    expected = engine_formula.step(models, samples, lr=0.1, mini_batches=2, epochs=2, coeff=0.3, value_clip=value_clip)
     assert len(result.gradients) == 4
     assert_step_agrees(result, expected)
     assert_gradients_close(result.parameters, expected["parameters"])

@@ -91,7 +91,7 @@ def test_advantages_are_gae_over_the_implied_values(lam):
             assert advantages[i, valid[n]].item() == pytest.approx(running, rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("function", ["td", "values", "advantages", "whiten", "value_loss"])
+@pytest.mark.parametrize("function", ["td", "values", "advantages", "whiten", "value_loss", "clipped_value_loss"])
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])
 def test_values_under_the_mask_never_matter(function, poison):
     """Nor do their gradients."""
@@ -104,6 +104,9 @@ def test_values_under_the_mask_never_matter(function, poison):
             "advantages": lambda: F.implied_advantages(tensors[0], MASK, 0.5),
             "whiten": lambda: F.whiten(tensors[0], MASK),
             "value_loss": lambda: F.value_loss(*tensors, random(B, seed=4), MASK, 0.3),
+            "clipped_value_loss": lambda: F.clipped_value_loss(
+                *tensors[:1], *tensors, random(B, seed=4), MASK, 0.3, clip=0.2
+            ),
         }[function]()
 
     clean = [x.requires_grad_() for x in token_inputs()]
@@ -211,6 +214,48 @@ def test_the_gradient_of_the_value_loss_flows_through_log_prob_only():
     assert inputs[1].grad is None and inputs[2].grad is None and target.grad is None
 
 
+@pytest.mark.parametrize("loss_type, delta", [("squared_error", 0.5), ("huber", 0.1)])
+def test_the_clipped_value_loss(loss_type, delta):
+    """The number of value_loss; the gradient of a loop over the tokens that the clip lets through, kappa and ratio stopped."""
+    new, ref_log_prob, token_kl = token_inputs()
+    old, target = new + 0.6 * random(B, T, seed=5), random(B, seed=4)
+    kinds = {"loss_type": loss_type, "huber_delta": delta}
+    inputs = [x.requires_grad_() for x in (new, old, ref_log_prob, token_kl, target)]
+    losses = F.clipped_value_loss(*inputs, MASK, 0.3, clip=0.2, **kinds)
+    torch.testing.assert_close(losses, F.value_loss(new, ref_log_prob, token_kl, target, MASK, 0.3, **kinds))
+    losses.sum().backward()
+    expected, stopped = torch.zeros(B, T, dtype=torch.float64), 0
+    td = loop_td(*[x.detach() for x in (new, ref_log_prob, token_kl)], 0.3)
+    for i in range(B):
+        error = td[i].sum().item() - target[i].item()
+        error = error if loss_type == "squared_error" else max(-delta, min(delta, error))
+        for t in range(T):
+            ratio = math.exp(new[i, t].item() - old[i, t].item())
+            too_far = (error > 0 and ratio < 0.8) or (error < 0 and ratio > 1.2)
+            stopped += bool(MASK[i, t]) and too_far
+            if MASK[i, t] and not too_far:
+                expected[i, t] = 0.3 * error * min(ratio, 1.2)
+    assert 2 < stopped < MASK.sum() - 2
+    torch.testing.assert_close(new.grad, expected, rtol=1e-12, atol=1e-15)
+    assert all(x.grad is None for x in inputs[1:])
+
+
+@pytest.mark.parametrize("detach_kl", [True, False])
+def test_the_clipped_value_loss_of_the_first_update_is_the_value_loss(detach_kl):
+    gradients = []
+    for clip in (False, True):
+        log_prob, ref_log_prob, token_kl = token_inputs()
+        new, kl = log_prob.clone().requires_grad_(), token_kl.clone().requires_grad_()
+        rest, kind = (ref_log_prob, kl, random(B, seed=4), MASK, 0.3), {"detach_kl": detach_kl}
+        losses = (
+            F.clipped_value_loss(new, log_prob, *rest, clip=0.2, **kind) if clip else F.value_loss(new, *rest, **kind)
+        )
+        losses.sum().backward()
+        assert (kl.grad is None) == detach_kl
+        gradients.append([new.grad] if detach_kl else [new.grad, kl.grad])
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
+
+
 def test_half_precision_is_accumulated_in_float32():
     """4,096 log-ratios of 2^-7 with the sum 32: bfloat16 would stop adding at 2."""
     log_prob, ref_log_prob = torch.full((1, 4096), -1.0), torch.full((1, 4096), -1.0078125)
@@ -225,6 +270,12 @@ def test_half_precision_is_accumulated_in_float32():
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 X, M = torch.zeros(2, 3), torch.ones(2, 3)
+
+
+def clipped(old_log_prob, clip=0.2):
+    return F.clipped_value_loss(X, old_log_prob, X, X, torch.zeros(2), M, 0.1, clip=clip)
+
+
 BAD_CALLS = {
     "exact_kl": ("ref_logits", lambda: F.exact_kl(X, torch.zeros(2, 4))),
     "exact_kl, no vocabulary": ("policy_logits", lambda: F.exact_kl(torch.zeros(2, 0), torch.zeros(2, 0))),
@@ -244,6 +295,8 @@ BAD_CALLS = {
     "value_loss, target": ("target", lambda: F.value_loss(X, X, X, torch.zeros(3), M, 0.1)),
     "value_loss, target [B, T]": ("target", lambda: F.value_loss(X, X, X, X, M, 0.1)),
     "value_loss, kl": ("token_kl", lambda: F.value_loss(X, X, torch.zeros(2, 1), torch.zeros(2), M, 0.1)),
+    "clipped_value_loss": ("old_log_prob", lambda: clipped(X[:1])),
+    "clipped_value_loss, clip": ("clip", lambda: clipped(X, clip=-0.1)),
     "value_loss, type": ("loss_type", lambda: F.value_loss(X, X, X, torch.zeros(2), M, 0.1, loss_type="l1")),
 }
 

@@ -71,7 +71,7 @@ def assert_same(actual, expected, rows=None, tolerance=TOLERANCE):
     assert relative(actual.gradients[0], expected.gradients[0]) <= tolerance
     assert relative(actual.parameters, expected.parameters) <= tolerance
     found, wanted = vimpo_metrics(actual), vimpo_metrics(expected)
-    assert found.keys() == wanted.keys() and len(wanted) == 16
+    assert found.keys() == wanted.keys() and len(wanted) == 17
     for name, value in wanted.items():
         assert found[name] == pytest.approx(value, rel=10 * tolerance, abs=tolerance), name
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import one_file
@@ -13,9 +14,9 @@ import torch
 
 from benchmarks.learning import analysis, grids
 from benchmarks.learning.arms import ARMS
-from benchmarks.learning.run import run, sample_from_past
+from benchmarks.learning.run import run, sample_from_past, start_policy
 from benchmarks.learning.settings import Setting
-from benchmarks.learning.tasks import Needles, RunningSums
+from benchmarks.learning.tasks import Needles, PathStar, Reversal, RunningSums
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +42,7 @@ def every_response(task, vocabulary: int) -> torch.Tensor:
     return torch.tensor(list(itertools.product(range(vocabulary), repeat=task.response_tokens)))
 
 
-@pytest.mark.parametrize("task", [RunningSums(2), Needles(tokens=4, decisions=2)], ids=["running_sums", "needles"])
+@pytest.mark.parametrize("task", [RunningSums(2), Needles(tokens=4, decisions=2), Reversal(4)], ids=type)
 def test_exact_advantages_are_those_of_the_enumerated_tree(task):
     """V(s) by enumerating every response: A_t = V(s_{t+1}) - V(s_t), with V(s_{T+1}) = R."""
     torch.manual_seed(0)
@@ -60,7 +61,7 @@ def test_exact_advantages_are_those_of_the_enumerated_tree(task):
     torch.testing.assert_close(task.advantages(policy, rollout).double(), expected, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("task", [RunningSums(3), Needles(tokens=6, decisions=3)], ids=["running_sums", "needles"])
+@pytest.mark.parametrize("task", [RunningSums(3), Needles(tokens=6, decisions=3), PathStar(2), Reversal(3)], ids=type)
 def test_accuracy_is_the_expected_reward(task):
     torch.manual_seed(0)
     policy = task.make_policy()
@@ -71,12 +72,39 @@ def test_accuracy_is_the_expected_reward(task):
     assert abs(sampled.mean().item() - exact) < 5 * (exact * (1 - exact) / len(prompts)) ** 0.5
 
 
-@pytest.mark.parametrize("task", [RunningSums(4), Needles(tokens=6, decisions=3)], ids=["running_sums", "needles"])
+@pytest.mark.parametrize("task", [RunningSums(4), Needles(tokens=6, decisions=3), PathStar(5)], ids=type)
 def test_sampling_and_scoring_agree(task):
     torch.manual_seed(0)
     policy = task.make_policy()
     sequences, log_prob = policy.sample(task.prompts(5, torch.Generator().manual_seed(1)), task.response_tokens)
     torch.testing.assert_close(log_prob, policy.score(sequences, task.response_tokens)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_path_star_is_one_choice_and_then_a_forced_walk():
+    task = PathStar(tokens=6, arms=4)
+    prompts = task.prompts(50, torch.Generator().manual_seed(1))
+    answers = task.answers(prompts)
+    assert torch.equal(answers[:, -1], prompts[:, 1])  # the goal
+    assert (answers.sort(1).values < task.arms).all() and task.follows(prompts, answers).all()
+    walks = task.teacher().answers(prompts)  # of any arm: one in four is right, all follow behind the first node
+    assert 0.05 < (walks == answers).all(1).float().mean() < 0.5
+    assert task.follows(prompts, walks)[:, 1:].all()
+    assert torch.equal(task.follows(prompts, walks)[:, 0], (walks == answers).all(1))
+    slipped = answers.clone()
+    slipped[:, 3] = (slipped[:, 3] + 1) % task.arms
+    assert (~task.follows(prompts, slipped)).sum(
+        1
+    ).float().mean() == 2  # the slip, and the step back that it was no reason for
+
+
+def test_a_start_is_taught_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.learning.run.STARTS", tmp_path)
+    setting = Setting("grpo", task="needles", tokens=6, decisions=3)
+    first = start_policy(setting).state_dict()
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr("benchmarks.learning.run.taught", lambda setting: pytest.fail("taught again"))
+    again = start_policy(replace(setting, arm="vimpo", lr=2e-3)).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_on_policy_value_loss_is_reinforce_with_the_kl_in_the_reward():
@@ -100,6 +128,12 @@ def test_on_policy_value_loss_is_reinforce_with_the_kl_in_the_reward():
     (-beta * ((shaped - baseline) * log_prob.sum(1)).mean()).backward()
     for parameter, expected in zip(policy.parameters(), gradient, strict=True):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_the_first_update_of_a_batch_is_the_same_clipped_or_not():
+    plain = run(Setting("vimpo", coeff=0.5, tokens=3, batches=3, prompts=4, responses=4))
+    clipped = run(Setting("vimpo", coeff=0.5, tokens=3, batches=3, prompts=4, responses=4, form="clipped"))
+    assert plain["accuracy"] == pytest.approx(clipped["accuracy"], abs=2e-4)
 
 
 @pytest.mark.parametrize("arm", ARMS)

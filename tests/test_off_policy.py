@@ -21,7 +21,13 @@ from engine_samples import make_samples
 from in_process import make_config, make_trainer, run_trainer_step
 from test_end_to_end import run_tiny
 
-OVERRIDES = ("+algorithm.vimpo.actor_coeff=0.3", "+algorithm.vimpo.actor_trust=false")
+OVERRIDES = (
+    "+algorithm.vimpo.actor_coeff=0.3",
+    "+algorithm.vimpo.actor_trust=false",
+    f"actor_rollout_ref.actor.clip_ratio_low={engine_formula.CLIP_LOW}",
+    f"actor_rollout_ref.actor.clip_ratio_high={engine_formula.CLIP_HIGH}",
+    f"actor_rollout_ref.actor.clip_ratio_c={engine_formula.CLIP_DUAL}",
+)
 FORMULA = {"lr": 0.1, "equal": True, "coeff": 0.3}
 SAMPLES = make_samples(seed=3, tool_tokens=False)
 
@@ -128,11 +134,16 @@ def test_rejected_tokens_leave_the_actor_loss_and_rejected_responses_both(models
     assert relative(moved, expected_move) < 1e-3 < 0.02 < relative(moved, unrejected)
 
 
-def test_several_epochs(models, monkeypatch):
+@pytest.mark.parametrize("value_clip", [engine_formula.VALUE_CLIP, None])
+def test_several_epochs(models, monkeypatch, value_clip):
     """ppo_epochs of the recipe, with several mini-batches: four updates a step, against the same in float64."""
-    overrides = ("actor_rollout_ref.actor.ppo_epochs=2", "actor_rollout_ref.actor.ppo_mini_batch_size=2")
+    overrides = (
+        "actor_rollout_ref.actor.ppo_epochs=2",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+        f"+algorithm.vimpo.value_clip={'null' if value_clip is None else value_clip}",
+    )
     metrics, moved, _ = second_step(models, monkeypatch, *overrides)
-    _, expected, expected_move = formula_of_second_step(models, epochs=2, mini_batches=2)
+    _, expected, expected_move = formula_of_second_step(models, epochs=2, mini_batches=2, value_clip=value_clip)
     assert len(expected["updates"]) == 4
     losses = [update["value_loss"] for update in expected["updates"]]
     assert metrics["vimpo/value_loss"] == pytest.approx(sum(losses) / 4, rel=1e-3)

@@ -109,19 +109,26 @@ class VimpoLoss:
         """
         log_prob = no_padding_2_padding(model_output["log_probs"], data)
         mask_name = VALUE_MASK if VALUE_MASK in data.keys() else "response_mask"
-        batch = data.select(mask_name, "ref_log_prob", "token_kl", "returns").to_padded_tensor()
+        batch = data.select(mask_name, "old_log_probs", "ref_log_prob", "token_kl", "returns").to_padded_tensor()
         mask = batch[mask_name].bool()
-        per_sequence = F.value_loss(
-            log_prob,
+        rest = (
             batch["ref_log_prob"],
             self._token_kl(log_prob, batch["ref_log_prob"], batch["token_kl"], model_output, data),
             target_of(batch["returns"], mask),
             mask,
             tu.get_non_tensor_data(data, BETA, None),
-            loss_type=self.knobs.value_loss_type,
-            huber_delta=self.knobs.huber_delta,
-            detach_kl=self.knobs.kappa_detach,
         )
+        kind = {
+            "loss_type": self.knobs.value_loss_type,
+            "huber_delta": self.knobs.huber_delta,
+            "detach_kl": self.knobs.kappa_detach,
+        }
+        if self.knobs.value_clip is None:
+            per_sequence = F.value_loss(log_prob, *rest, **kind)
+        else:
+            per_sequence = F.clipped_value_loss(
+                log_prob, batch["old_log_probs"], *rest, clip=self.knobs.value_clip, **kind
+            )
         count = tu.get_non_tensor_data(data, NUM_SEQUENCES, None)
         # A placeholder has an empty mask and target 0, so its loss is 0. A mini-batch of nothing else has no mean.
         return per_sequence.sum() * (data["dp_size"] / count if count else 0.0)
@@ -141,7 +148,7 @@ class VimpoLoss:
 
 
 def _require_fields(data: TensorDict) -> None:
-    needed = ("ref_log_prob", "token_kl", "returns", ACTOR_COEFF, BETA, VALUE_SCALE, NUM_SEQUENCES)
+    needed = ("old_log_probs", "ref_log_prob", "token_kl", "returns", ACTOR_COEFF, BETA, VALUE_SCALE, NUM_SEQUENCES)
     missing = [name for name in needed if name not in data.keys()]
     if missing:
         raise RuntimeError(

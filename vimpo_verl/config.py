@@ -55,6 +55,8 @@ class VimpoConfig(Timeouts):
         value_normalised: divide L_V by the mean square of its targets over the batch.
         value_loss_type: "squared_error" (the paper's) or "huber".
         huber_delta: where huber turns linear, in units of reward; > 0.
+        value_clip: from the second update of a batch on, how far a token's ratio to the old policy may be from 1 before L_V
+            pushes it no further, > 0; None: the paper's L_V, which knows no ratio. The same for one update a batch.
         baseline: V0: "group_mean" (the paper's), "leave_one_out", "shrunk", to the mean of the batch's other prompts, or, of
             the rewards and a prior of the prompt (algorithm.prior), "fused" or "posterior_mean".
         baseline_cap: upper bound of V0, or None.
@@ -81,6 +83,7 @@ class VimpoConfig(Timeouts):
     value_normalised: bool = False
     value_loss_type: str = "squared_error"
     huber_delta: float = 0.5
+    value_clip: float | None = 0.2
     baseline: str = "group_mean"
     baseline_cap: float | None = None
     ref_refresh_every: int | None = None
@@ -88,7 +91,7 @@ class VimpoConfig(Timeouts):
 
 
 # The paper's recipe where it differs from the defaults (section 5: beta = 5e-4, c_A = 5e-3, no trust factor).
-PAPER_RECIPE = {"beta": 5e-4, "actor_coeff": 5e-3, "actor_trust": False}
+PAPER_RECIPE = {"beta": 5e-4, "actor_coeff": 5e-3, "actor_trust": False, "value_clip": None}
 PRESETS = {"paper": PAPER_RECIPE}
 
 
@@ -162,6 +165,13 @@ def _number_or_none(value: Any) -> tuple[str, Any]:
     return ("", None) if value is None else _cap(value)
 
 
+def _clip(value: Any) -> tuple[str, Any]:
+    if value is None:
+        return "", None
+    complaint, number = _positive(value)
+    return ("write a number greater than 0, or null for the paper's loss without a ratio" if complaint else ""), number
+
+
 def _count_or_none(value: Any) -> tuple[str, Any]:
     if value is None:
         return "", None
@@ -201,6 +211,7 @@ _CHECKS = {
     "value_normalised": flag,
     "value_loss_type": one_of(*VALUE_LOSS_TYPES),
     "huber_delta": _positive,
+    "value_clip": _clip,
     "baseline": one_of(*BASELINES),
     "baseline_cap": _number_or_none,
     "ref_refresh_every": _count_or_none,

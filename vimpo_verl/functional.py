@@ -317,16 +317,76 @@ def value_loss(
         raise ValueError(f"unknown loss_type {loss_type!r}: choose one of {', '.join(VALUE_LOSS_TYPES)}")
     token_kl = token_kl.detach() if detach_kl else token_kl
     td = td_residual(log_prob, ref_log_prob.detach(), token_kl, response_mask, beta)
-    _require_real(target=target)
-    if target.shape != td.shape[:-1] or target.device != td.device:
-        raise ValueError(
-            f"target must be [B] = {list(td.shape[:-1])} on {td.device}, got {list(target.shape)} on {target.device}"
-        )
+    _require_target(target, td)
     residual = td.sum(-1) - accumulating(target.detach())
     if loss_type == "squared_error":
         return 0.5 * residual.square()
     require_positive(huber_delta=huber_delta)
     return torch.nn.functional.huber_loss(residual, torch.zeros_like(residual), reduction="none", delta=huber_delta)
+
+
+def _require_target(target: Tensor, td: Tensor) -> None:
+    _require_real(target=target)
+    if target.shape != td.shape[:-1] or target.device != td.device:
+        raise ValueError(
+            f"target must be [B] = {list(td.shape[:-1])} on {td.device}, got {list(target.shape)} on {target.device}"
+        )
+
+
+def clipped_value_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    ref_log_prob: Tensor,
+    token_kl: Tensor,
+    target: Tensor,
+    response_mask: Tensor,
+    beta: float,
+    *,
+    clip: float,
+    loss_type: str = "squared_error",
+    huber_delta: float = 0.5,
+    detach_kl: bool = True,
+) -> Tensor:
+    """L_V for several updates a batch: the number is that of `value_loss`, its gradient knows the ratio to the old policy.
+
+        grad L_i = beta e_i sum_t w_t grad log pi_theta(y_t|s_t),   e_i = S_i - (R - V0) (with huber, within +- huber_delta)
+        w_t = min(r_t, 1 + clip),   r_t = pi_theta / pi_old;   0 where the push goes on beyond the range, as PPO's clip:
+              e_i > 0 and r_t < 1 - clip,  or  e_i < 0 and r_t > 1 + clip
+
+    Where r_t = 1, as in the first update of a batch, this is the gradient of `value_loss`. Later updates need the ratio:
+    without it an answer that turned out wrong is pushed down until its log-ratio is (R - V0) / beta, however unlikely it
+    has become (docs/method.md, "Several updates a batch"). The bound on w_t is for tokens that have become likelier, whose
+    ratio knows no bound.
+
+    Args:
+        log_prob, ref_log_prob, token_kl, target, response_mask, beta, loss_type, huber_delta, detach_kl: as for
+            `value_loss`. A kappa that is not detached has its gradient unweighed.
+        old_log_prob: [B, T], in nats, of the policy that the ratio is to, as PPO's. Detached.
+        clip: > 0, how far r_t may be from 1 before a token is pushed no further.
+
+    Returns:
+        [B]; the caller averages over the sequences of the global mini-batch. float32 for half precision inputs.
+
+    Raises:
+        ValueError: as `value_loss`, old_log_prob does not fit, or clip is not a positive number.
+    """
+    require_positive(clip=clip)
+    valid = valid_tokens(response_mask, log_prob=log_prob, old_log_prob=old_log_prob)
+    kind = {"loss_type": loss_type, "huber_delta": huber_delta}
+    loss = value_loss(log_prob.detach(), ref_log_prob, token_kl.detach(), target, valid, beta, **kind)
+    td = td_residual(log_prob.detach(), ref_log_prob.detach(), token_kl.detach(), valid, beta)
+    error = td.sum(-1, keepdim=True) - accumulating(target.detach()).unsqueeze(-1)
+    if loss_type == "huber":
+        error = error.clamp(-huber_delta, huber_delta)
+    log_prob = zero_where_masked(accumulating(log_prob), valid)
+    ratio = (log_prob.detach() - zero_where_masked(accumulating(old_log_prob.detach()), valid)).exp()
+    goes_on_beyond = ((error > 0) & (ratio < 1 - clip)) | ((error < 0) & (ratio > 1 + clip))
+    weight = torch.where(goes_on_beyond, 0.0, ratio.clamp(max=1 + clip))
+    pushed = weight * log_prob
+    if not detach_kl:
+        pushed = pushed - zero_where_masked(accumulating(token_kl), valid)
+    surrogate = beta * (error * pushed).sum(-1)
+    return loss + surrogate - surrogate.detach()
 
 
 # ---- numerics of the exact KL ----------------------------------------------------------------------------------------

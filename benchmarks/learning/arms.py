@@ -5,7 +5,7 @@ An arm takes a rollout, log-probabilities [B, T] with gradient, logits [B, T, V]
 
 from collections.abc import Callable
 
-from one_file import Rollout, grpo_loss, ppo_loss, vimpo_loss
+from one_file import CLIP_LOW, Rollout, grpo_loss, ppo_loss, vimpo_loss
 from torch import Tensor
 
 from benchmarks.learning import family
@@ -55,7 +55,16 @@ def vimpo(rollout: Rollout, log_prob: Tensor, logits: Tensor, setting: Setting) 
     actor_coeff = 0.0
     if setting.alpha > 0:
         actor_coeff = setting.alpha * _auto_coeff(rollout, log_prob.detach(), kappa_logits, beta, setting.trust)
+    if setting.form == "clipped":
+        return _clipped_value_loss(rollout, log_prob, kappa_logits, beta)
     return vimpo_loss(rollout, log_prob, kappa_logits, beta=beta, actor_coeff=actor_coeff)
+
+
+def _clipped_value_loss(rollout: Rollout, log_prob: Tensor, logits: Tensor, beta: float) -> Tensor:
+    token_kl = F.exact_kl(logits.detach(), rollout.ref_logits)
+    target = rollout.outcome - F.group_baseline(rollout.outcome, rollout.group)
+    at_old = (rollout.old_log_prob, rollout.ref_log_prob, token_kl, target, rollout.mask, beta)
+    return F.clipped_value_loss(log_prob, *at_old, clip=CLIP_LOW).mean()
 
 
 def _auto_coeff(rollout: Rollout, log_prob: Tensor, logits: Tensor, beta: float, trust: str) -> float:

@@ -15,9 +15,10 @@ from benchmarks.learning.settings import Setting
 TUNING_SEEDS = range(101, 104)
 REPORTED_SEEDS = range(1, 11)
 
-RATES = (3e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3)
-PAIRS = tuple(product((7e-4, 1e-3, 1.5e-3), (0.25, 0.5)))
-KL_LOSS_PAIRS = tuple(product((7e-4, 1e-3, 1.5e-3), (0.03, 0.1)))
+RATES = (2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 1.5e-3)
+PAIRS = tuple(product((3e-4, 5e-4, 1e-3), (0.5, 1.0)))
+KL_LOSS_PAIRS = tuple(product((3e-4, 5e-4, 1e-3), (0.03, 0.1)))
+SCHEDULES = ((1, 1e-3), (2, 7e-4), (2, 5e-4), (4, 5e-4), (4, 3e-4), (8, 2e-4))  # updates a batch, learning rate
 
 # Arm's label -> the settings that are tried for it.
 TRIALS: dict[str, list[Setting]] = {
@@ -26,16 +27,41 @@ TRIALS: dict[str, list[Setting]] = {
     "RLOO": [Setting("rloo", lr=lr) for lr in RATES],
     "KL in the reward": [Setting("kl_in_reward", lr=lr, coeff=coeff) for lr, coeff in PAIRS],
     "VIMPO, value loss": [Setting("vimpo", lr=lr, coeff=coeff) for lr, coeff in PAIRS],
-    "VIMPO, actor 0.1": [Setting("vimpo", lr=lr, coeff=coeff, alpha=0.1) for lr, coeff in PAIRS],
+    "VIMPO, actor 0.1": [Setting("vimpo", lr=lr, coeff=0.5, alpha=0.1) for lr in RATES],
+    "VIMPO, paper's constants": [Setting("vimpo_paper", lr=lr) for lr in RATES],
     "oracle": [Setting("oracle", lr=lr) for lr in RATES],
 }
 
-# Condition -> what it changes of the centre.
-CONDITIONS: dict[str, dict] = {
-    "noise_20": {"flip_prob": 0.2, "batches": 160},
-    "noise_30": {"flip_prob": 0.3, "batches": 160},
-    "clean": {"batches": 80},
+
+def scheduled(arm: str, **changes) -> list[Setting]:
+    """The trials of an arm that may choose its number of updates a batch."""
+    return [Setting(arm, lr=lr, updates=updates, **changes) for updates, lr in SCHEDULES]
+
+
+# The same where every arm chooses its number of updates a batch: what ties it to the reference is that of the centre.
+REUSE_TRIALS: dict[str, list[Setting]] = {
+    "GRPO": scheduled("grpo"),
+    "GRPO, KL loss": scheduled("grpo", coeff=0.1),
+    "RLOO": scheduled("rloo"),
+    "KL in the reward": scheduled("kl_in_reward", coeff=0.5),
+    "VIMPO, value loss": scheduled("vimpo", coeff=0.5),
+    "VIMPO, clipped": scheduled("vimpo", coeff=0.5, form="clipped"),
+    "VIMPO, clipped, old kappa": scheduled("vimpo", coeff=0.5, form="clipped", kappa="old"),
 }
+
+# Condition -> what it changes of the centre, and the trials.
+CONDITIONS: dict[str, tuple[dict, dict[str, list[Setting]]]] = {
+    "noise_20": ({"flip_prob": 0.2}, TRIALS),
+    "noise_30": ({"flip_prob": 0.3}, TRIALS),
+    "clean": ({"batches": 40}, TRIALS),
+    "reuse": ({"batches": 20}, REUSE_TRIALS),
+    "needles": ({"task": "needles", "tokens": 64}, TRIALS),
+}
+
+# The setting of a published table (arXiv 2604.06159): token reversal from nothing, 2,000 updates at one learning rate.
+PUBLISHED = {
+    "task": "reversal", "lr": 1e-4, "batches": 500, "updates": 4, "prompts": 100, "responses": 8
+}  # fmt: skip
 
 
 def label_of(setting: Setting) -> str:
@@ -43,7 +69,9 @@ def label_of(setting: Setting) -> str:
     if setting.arm == "grpo":
         return "GRPO, KL loss" if setting.coeff > 0 else "GRPO"
     if setting.arm == "vimpo":
-        return "VIMPO, actor 0.1" if setting.alpha > 0 else "VIMPO, value loss"
+        value_loss = "VIMPO, clipped" if setting.form == "clipped" else "VIMPO, value loss"
+        value_loss += ", old kappa" if setting.kappa == "old" else ""
+        return "VIMPO, actor 0.1" if setting.alpha > 0 else value_loss
     return {"rloo": "RLOO", "kl_in_reward": "KL in the reward", "vimpo_paper": "VIMPO, paper's constants"}.get(
         setting.arm, setting.arm
     )
@@ -56,47 +84,63 @@ def each(trials: Iterable[Setting], seeds: Iterable[int], **changes) -> list[Set
 
 def tuning(condition: str) -> list[Setting]:
     """Every trial of every arm on the tuning seeds."""
-    return each([trial for trials in TRIALS.values() for trial in trials], TUNING_SEEDS, **CONDITIONS[condition])
+    changes, trials = CONDITIONS[condition]
+    return each([trial for of_arm in trials.values() for trial in of_arm], TUNING_SEEDS, **changes)
+
+
+def chosen(condition: str) -> dict[str, Setting]:
+    """Each arm's best trial, as the setting with seed 0; empty before the whole tuning grid has been run."""
+    results = load(f"tune_{condition}")
+    if not results.keys() >= set(tuning(condition)):
+        return {}
+    changes, trials = CONDITIONS[condition]
+    return {
+        label: best_trial([replace(trial, seed=0, **changes) for trial in of_arm], results)
+        for label, of_arm in trials.items()
+    }
 
 
 def headline(condition: str) -> list[Setting]:
-    """Each arm's best trial on the reported seeds; nothing before the whole tuning grid has been run."""
-    results = load(f"tune_{condition}")
-    if not results.keys() >= set(tuning(condition)):
-        return []
-    chosen = [
-        best_trial([replace(trial, seed=0, **CONDITIONS[condition]) for trial in trials], results)
-        for trials in TRIALS.values()
-    ]
-    return each(chosen, REPORTED_SEEDS)
+    """Each arm's best trial on the reported seeds."""
+    return each(chosen(condition).values(), REPORTED_SEEDS)
 
 
-# What was tried before the grids were frozen, on tuning seeds; cut off.
-PILOTS: dict[str, list[Setting]] = {
-    "noise_30": [
-        Setting("grpo", lr=7e-4),
-        Setting("grpo", lr=1.5e-3),
-        Setting("grpo", lr=1.5e-3, coeff=0.1),
-        Setting("rloo", lr=1e-3),
-        Setting("kl_in_reward", lr=1e-3, coeff=0.5),
-        Setting("vimpo", lr=1e-3, coeff=0.5),
-        Setting("vimpo", lr=2e-3, coeff=0.5),
-        Setting("vimpo", lr=2e-3, coeff=1.0),
-    ],
-    "reuse": [
-        *(Setting("grpo", lr=lr, coeff=coeff) for lr in (3e-4, 1e-3) for coeff in (0.0, 0.1)),
-        *(Setting("kl_in_reward", lr=lr, coeff=0.5) for lr in (3e-4, 1e-3)),
-        *(Setting("vimpo", lr=lr, coeff=coeff) for lr in (3e-4, 1e-3) for coeff in (0.5, 1.0, 2.0, 4.0, 8.0)),
-    ],
+# Each axis moves one thing of noise_20, with the settings that were best there and fewer arms and seeds.
+AXIS_ARMS = ("GRPO", "GRPO, KL loss", "KL in the reward", "VIMPO, value loss")
+AXIS_SEEDS = range(1, 6)
+AXES: dict[str, list[dict]] = {
+    "noise": [{"flip_prob": prob} for prob in (0.0, 0.1, 0.3)],
+    "responses_flipped": [{"flip_kind": "response", "flip_prob": prob} for prob in (0.1, 0.2)],
+    "groups": [{"prompts": 64, "responses": 4}, {"prompts": 16, "responses": 16}],
+    "staleness": [{"staleness": batches} for batches in (1, 2, 4)],
+    "length": [{"tokens": 5}, {"tokens": 20}],
 }
+
+
+def axis(name: str) -> list[Setting]:
+    """Points of an axis, away from noise_20; that grid has the centre."""
+    best = chosen("noise_20")
+    trials = [replace(best[label], **point) for label in AXIS_ARMS if best for point in AXES[name]]
+    return each(trials, AXIS_SEEDS)
+
 
 GRIDS: dict[str, Callable[[], list[Setting]]] = {
     **{f"tune_{condition}": lambda condition=condition: tuning(condition) for condition in CONDITIONS},
     **{condition: lambda condition=condition: headline(condition) for condition in CONDITIONS},
-    "pilot_noise_30": lambda: each(PILOTS["noise_30"], TUNING_SEEDS, **CONDITIONS["noise_30"]),
-    "pilot_reuse": lambda: each(PILOTS["reuse"], TUNING_SEEDS, batches=20, updates=8),
-    # The paper's constants are for answers of 1,000 tokens: here they are shown to fail at every rate, not tuned.
-    "paper_constants": lambda: each(
-        [Setting("vimpo_paper", lr=lr) for lr in RATES], TUNING_SEEDS, **CONDITIONS["clean"]
+    "reversal": lambda: each(
+        [Setting("grpo"), Setting("grpo", coeff=0.1), Setting("vimpo", coeff=0.5, form="clipped")],
+        range(1, 6),
+        **{**PUBLISHED, "tokens": 8},
     ),
+    # Is there anything to compare? Not here: see docs/study.md.
+    "path_star": lambda: each(
+        [
+            Setting(arm, lr=lr, coeff=coeff)
+            for lr in (3e-5, 1e-4, 2e-4)
+            for arm, coeff in (("oracle", 0.0), ("grpo", 0.0), ("vimpo", 0.5))
+        ],
+        range(1, 4),
+        task="path_star",
+    ),
+    **{f"axis_{name}": lambda name=name: axis(name) for name in AXES},
 }

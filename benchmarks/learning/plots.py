@@ -23,6 +23,8 @@ COLOURS = {
     "VIMPO, paper's constants": "#e377c2",
     "VIMPO, value loss": "#d62728",
     "VIMPO, actor 0.1": "#ff7f0e",
+    "VIMPO, clipped": "#9467bd",
+    "VIMPO, clipped, old kappa": "#8c564b",
     "oracle": "#000000",
 }
 

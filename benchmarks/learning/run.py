@@ -2,42 +2,60 @@
 
 import copy
 import functools
+import hashlib
 import math
+import os
 import time
 from collections import deque
 from dataclasses import asdict
+from pathlib import Path
 
+import one_file
 import torch
 from one_file import Rollout, imitate, train
 
+from benchmarks.learning import tasks
 from benchmarks.learning.arms import ARMS
 from benchmarks.learning.settings import Setting
 from benchmarks.learning.tasks import HELD_OUT, HELD_OUT_SEED, TASKS
 
+STARTS = Path(__file__).parents[2] / "outputs" / "learning"  # weights that every arm starts from, made once
+
 
 def make_task(setting: Setting):
     """The task of a setting, in its size."""
-    if setting.task == "needles":
-        return TASKS["needles"](setting.tokens, setting.decisions)
+    if setting.task in ("needles", "path_star"):
+        return TASKS[setting.task](setting.tokens, setting.decisions)
     return TASKS[setting.task](setting.tokens)
 
 
-@functools.lru_cache(maxsize=64)
-def start(task_key: tuple, seed: int) -> dict:
-    """The weights that every arm starts from: a policy of its seed's own initialisation, taught to `start_accuracy`."""
-    name, tokens, decisions = task_key
-    task = make_task(Setting("grpo", task=name, tokens=tokens, decisions=decisions))
-    torch.manual_seed(seed)
+def taught(setting: Setting) -> dict:
+    """The weights that every arm of a seed starts from: of an initialisation of its own, taught to `start_accuracy`."""
+    task = make_task(setting)
+    torch.manual_seed(setting.seed)
     policy = task.make_policy()
-    imitate(policy, task, task.start_accuracy, seed)
+    if task.start_accuracy > 0:
+        imitate(policy, task.teacher(), task.start_accuracy, setting.seed)
     return policy.state_dict()
 
 
 def start_policy(setting: Setting) -> torch.nn.Module:
-    """The policy that every arm of a seed starts from, and the reference."""
+    """The policy that every arm of a seed starts from, and the reference; kept in STARTS by the code that makes it."""
+    path = STARTS / f"{setting.task}_{setting.tokens}_{setting.decisions}_{setting.seed}_{_code()}.pt"
+    if not path.exists():
+        STARTS.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        torch.save(taught(setting), unfinished)
+        unfinished.replace(path)
     policy = make_task(setting).make_policy()
-    policy.load_state_dict(start((setting.task, setting.tokens, setting.decisions), setting.seed))
+    policy.load_state_dict(torch.load(path))
     return policy
+
+
+@functools.cache
+def _code() -> str:
+    """Of the files that decide what a start is."""
+    return hashlib.sha256(b"".join(Path(m.__file__).read_bytes() for m in (one_file, tasks))).hexdigest()[:8]
 
 
 def sample_from_past(policy: torch.nn.Module, batches: int) -> None:

@@ -14,7 +14,9 @@ class Setting:
         alpha: the push of VIMPO's actor loss (actor_alpha); 0 trains with the value loss alone.
         trust: what multiplies c_A: "none", or "batch" for max(0, correlation).
         kappa: the policy that kappa belongs to, "current" or "old".
-        task, tokens, decisions: the task and its size; decisions is needles' K.
+        form: of VIMPO's value loss: the paper's "regression", or "clipped", its gradient through PPO's clipped ratio. The
+            same for one update a batch.
+        task, tokens, decisions: the task and its size; decisions is needles' K, and path_star's number of arms.
         batches, updates, staleness: batches sampled, optimiser steps on each, and how many batches old they are.
         prompts, responses: of a batch.
         flip_prob, flip_kind: share of flipped rewards, of whole "group"s or of single "response"s.
@@ -27,6 +29,7 @@ class Setting:
     alpha: float = 0.0
     trust: str = "batch"
     kappa: str = "current"
+    form: str = "regression"
     task: str = "running_sums"
     tokens: int = 10
     decisions: int = 4

@@ -2,6 +2,8 @@
 
 running_sums   every token decides: credit has little to give without noise (examples/one_file.py)
 needles        K of T tokens decide, the rest are free: T / K is the dilution of the reward
+path_star      the first token decides, the rest follow from it
+reversal       every token decides, and nothing is known at the start
 """
 
 import one_file
@@ -12,13 +14,17 @@ from torch import Tensor, nn
 HELD_OUT, HELD_OUT_SEED = 1024, 556
 
 
-class RunningSums(one_file.RunningSums):
-    """As in examples/one_file.py, with the exact advantage."""
+class OneRightAnswer(one_file.RunningSums):
+    """A task whose prompts have one right answer each, `answers`: so values are products of probabilities, and exact."""
 
     start_accuracy = 0.34
 
     def make_policy(self) -> Transformer:
         return Transformer(self.vocabulary, self.prompt_tokens + self.response_tokens)
+
+    def teacher(self) -> "OneRightAnswer":
+        """What the starting policy imitates, until `accuracy` of it is `start_accuracy`."""
+        return self
 
     @torch.no_grad()
     def advantages(self, policy: Transformer, rollout: Rollout) -> Tensor:
@@ -30,15 +36,86 @@ class RunningSums(one_file.RunningSums):
         return advantages_of(log_prob.flip(1).cumsum(1).flip(1).exp(), right)
 
     def first_wrong(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """[B] the place of the first wrong token, T if there is none; and whether only one token does not follow.
-
-        A token follows if it is the one before it plus its digit: after one mistake the rest may well follow from it.
-        """
+        """[B] the place of the first wrong token, T if there is none; and whether only one token does not follow."""
         prompts, responses = rollout.sequences[:, : self.prompt_tokens], rollout.sequences[:, self.prompt_tokens :]
         right = responses == self.answers(prompts)
+        return right.cumprod(1).sum(1), (~self.follows(prompts, responses)).sum(1) == 1
+
+    def follows(self, prompts: Tensor, responses: Tensor) -> Tensor:
+        """[B, T] bool: whether a token is right, given the tokens before it, right or wrong."""
+        return responses == self.answers(prompts)
+
+
+class RunningSums(OneRightAnswer):
+    """As in examples/one_file.py. A token follows if it is the one before it plus its digit."""
+
+    def follows(self, prompts: Tensor, responses: Tensor) -> Tensor:
         before = nn.functional.pad(responses, (1, 0))[:, :-1]
-        follows = responses == (before + prompts[:, :-1]) % 10
-        return right.cumprod(1).sum(1), (~follows).sum(1) == 1
+        return responses == (before + prompts[:, :-1]) % 10
+
+
+class Reversal(OneRightAnswer):
+    """The prompt's bits in reverse, learnt from nothing: the setting of a published table on a CPU (arXiv 2604.06159)."""
+
+    start_accuracy = 0.0
+    vocabulary = 2
+
+    def __init__(self, length: int = 8):
+        self.prompt_tokens = self.response_tokens = length
+
+    def prompts(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(2, (count, self.prompt_tokens), generator=generator)
+
+    def answers(self, prompts: Tensor) -> Tensor:
+        return prompts.flip(1)
+
+
+class PathStar(OneRightAnswer):
+    """GRAPHS stars of `arms` paths of T nodes (arXiv 2403.06963, with graphs that are learnt instead of given in the prompt).
+
+    The prompt names graph and goal, the last node of one arm; the answer is that arm. Its first node is the pivot, each
+    other follows from the one before. The start walks along any arm, so it is right once in `arms` times.
+    """
+
+    GRAPHS = 16
+
+    def __init__(self, tokens: int = 10, arms: int = 4):
+        self.prompt_tokens, self.response_tokens, self.arms = 2, tokens, arms
+        self.vocabulary, self.start_accuracy = arms + self.GRAPHS, 0.9 / arms
+        noise = torch.rand(self.GRAPHS, tokens, arms, generator=torch.Generator().manual_seed(0))
+        self.nodes = noise.argsort(-1)  # [graph, place, arm] -> node
+
+    def teacher(self) -> "PathStar":
+        return _AnyArm(self.response_tokens, self.arms)
+
+    def prompts(self, count: int, generator: torch.Generator) -> Tensor:
+        graph = torch.randint(self.GRAPHS, (count,), generator=generator)
+        return torch.stack([graph + self.arms, torch.randint(self.arms, (count,), generator=generator)], 1)
+
+    def answers(self, prompts: Tensor) -> Tensor:
+        graph, goal = prompts[:, 0] - self.arms, prompts[:, 1]
+        return self._walk(graph, self._arm_of(graph, goal, -1))
+
+    def follows(self, prompts: Tensor, responses: Tensor) -> Tensor:
+        graph = prompts[:, 0] - self.arms
+        right = [responses[:, 0] == self.answers(prompts)[:, 0]]
+        for place in range(1, self.response_tokens):
+            known = responses[:, place - 1].clamp(max=self.arms - 1)
+            right.append(responses[:, place] == self.nodes[graph, place, self._arm_of(graph, known, place - 1)])
+        return torch.stack(right, 1)
+
+    def _arm_of(self, graph: Tensor, node: Tensor, place: int) -> Tensor:
+        return (self.nodes[graph, place] == node[:, None]).int().argmax(1)
+
+    def _walk(self, graph: Tensor, arm: Tensor) -> Tensor:
+        return self.nodes[graph].gather(2, arm[:, None, None].expand(-1, self.response_tokens, 1))[..., 0]
+
+
+class _AnyArm(PathStar):
+    """Paths to anywhere."""
+
+    def answers(self, prompts: Tensor) -> Tensor:
+        return self._walk(prompts[:, 0] - self.arms, torch.randint(self.arms, (len(prompts),)))
 
 
 def advantages_of(rest: Tensor, right: Tensor) -> Tensor:
@@ -99,6 +176,9 @@ class Needles:
         self.prompt_tokens, self.response_tokens = decisions, tokens
         self.places = torch.arange(decisions) * (tokens // decisions) + tokens // decisions // 2
 
+    def teacher(self) -> "Needles":
+        return self
+
     def make_policy(self) -> MemorylessPolicy:
         return MemorylessPolicy(self.vocabulary, self.prompt_tokens, self.response_tokens)
 
@@ -144,4 +224,4 @@ class Needles:
         return places[number], (~right).sum(1) == 1
 
 
-TASKS = {"running_sums": RunningSums, "needles": Needles}
+TASKS = {"running_sums": RunningSums, "needles": Needles, "path_star": PathStar, "reversal": Reversal}

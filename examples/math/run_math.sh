@@ -203,6 +203,7 @@ case $ALGO in
         ALGORITHM=(
             algorithm.adv_estimator=vimpo
             +algorithm.vimpo.beta=5e-4 +algorithm.vimpo.actor_coeff=5e-3 +algorithm.vimpo.actor_trust=false
+            +algorithm.vimpo.value_clip=null
         )
         ;;
     *) ALGORITHM=(algorithm.adv_estimator="$ALGO") ;;  # with its own defaults
