@@ -1,6 +1,7 @@
 """Claim: a vision-language model runs through verl whole: three steps of a tiny Qwen3-VL with images, by verl, Ray and vLLM.
 
-kl is 0 at the first step and not after: policy and reference see the same images in the joint pass. Prompts with and without an image are in one batch.
+kl is 0 at the first step and not after: policy and reference see the same images in the joint pass. Prompts with and without an
+image are in one batch.
 
 Seen by hand: kl 0, 0.064, 0.154. The trainer's probabilities were up to 0.019 from vLLM's, where a text model's are 1e-8 from
 them; where that comes from is open, and the bound below says no more than that.
