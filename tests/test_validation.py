@@ -179,7 +179,7 @@ REFUSED = {
     "actor_rollout_ref.model.lora_adapter_path=adapters/one": "merge the adapter into the model",
     "actor_rollout_ref.model.lora.rank=8": "write actor_rollout_ref.model.lora_rank",
     "distillation.enabled=True": "distillation.enabled=False",
-    "+algorithm.vimpo.kl_estimator=k1": "exact, k2 or k3",
+    "+algorithm.vimpo.kl_estimator=k1": "exact, topk, k2 or k3",
     "+algorithm.vimpo.betta=1": "did you mean algorithm.vimpo.beta?",
     "+algorithm.vimpo.beta=-1": "greater than 0",
 }

@@ -11,7 +11,7 @@ from verl_patches import passes
 from verl_patches.engine_checks import engine_problems, has_lora
 from verl_patches.group_switch import budget_of
 from verl_patches.loss_checks import adjust_losses, loss_problems, loss_warnings
-from verl_patches.switch import knobs_of
+from verl_patches.switch import knobs_of, section_of
 from vimpo_verl.config import VimpoConfig
 
 # Trainer modes of verl.trainer.ppo.v1 that FamilyTrainer can be put in front of.
@@ -130,8 +130,8 @@ def _switches(config: Any) -> Iterator[str]:
 
 
 def _reference_refresh(config: Any) -> Iterator[str]:
-    section = config.algorithm.get("vimpo")
-    if not hasattr(section, "get") or not section.get("ref_refresh_every"):
+    section = section_of(config, "vimpo")
+    if not isinstance(section, dict) or not section.get("ref_refresh_every"):
         return
     if has_lora(config.actor_rollout_ref.model):
         yield (
