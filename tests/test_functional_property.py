@@ -13,7 +13,7 @@ import torch
 from hypothesis import assume, given
 
 from vimpo_verl import functional as F
-from vimpo_verl.baselines import OF_A_BATCH
+from vimpo_verl.baselines import OF_A_BATCH, WITH_PRIOR
 from vimpo_verl.batch import compute_batch
 from vimpo_verl.config import BASELINES, VimpoConfig
 
@@ -254,9 +254,14 @@ def test_a_batch(batch, lam, baseline, data):
     outcome = data.draw(tensors(size, dtype=torch.float32))
     group = data.draw(st.lists(st.sampled_from("ab"), min_size=size, max_size=size))
     is_padding = data.draw(masks(size, 1)).squeeze(1).bool()
+    given_prior = {}
+    if baseline in WITH_PRIOR:  # which take rewards from 0 to 1
+        outcome = (outcome > 0).float()
+        number = st.floats(0, 1).map(lambda share: torch.full((size,), share))
+        given_prior = {"prior": data.draw(number), "prior_weight": 8 * data.draw(number)}
     result = compute_batch(
         old_log_prob=batch[0], ref_log_prob=batch[1], token_kl=batch[2], response_mask=batch[3], outcome=outcome,
-        group=group, config=VimpoConfig(beta=5e-4, baseline=baseline), lam=lam, is_padding=is_padding,
+        group=group, config=VimpoConfig(beta=5e-4, baseline=baseline), lam=lam, is_padding=is_padding, **given_prior,
     )  # fmt: skip
     for tensor in (result.advantages, result.returns, result.values):
         assert tensor.shape == batch[0].shape and torch.isfinite(tensor).all()

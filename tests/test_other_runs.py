@@ -170,6 +170,7 @@ def test_another_estimator_gets_the_very_class(stock, derived, no_initialisation
 def test_vimpo_is_put_in_front_of_a_derived_trainer(stock, no_initialisation, capsys):
     from verl_patches.checkpoints import CheckpointedTrainer
     from verl_patches.family_trainer import FamilyTrainer
+    from verl_patches.one_pass import OnePassTrainer
     from verl_patches.trainer import VimpoTrainer
     from verl_patches.watchdog import WatchedTrainer
 
@@ -179,7 +180,8 @@ def test_vimpo_is_put_in_front_of_a_derived_trainer(stock, no_initialisation, ca
     capsys.readouterr()
     trainer = called(config=config)
     assert trainer.of_a_user and isinstance(trainer, called)
-    assert type(trainer).__mro__[1:6] == (WatchedTrainer, CheckpointedTrainer, VimpoTrainer, FamilyTrainer, called)
+    ours = (WatchedTrainer, CheckpointedTrainer, OnePassTrainer, VimpoTrainer, FamilyTrainer)
+    assert type(trainer).__mro__[1:7] == (*ours, called)
     (line,) = capsys.readouterr().out.splitlines()
     assert "VIMPO in force on verl" in line and type(trainer).__name__ in line
     assert "beta='auto'" in line and "lam=1.0" in line

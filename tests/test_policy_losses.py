@@ -163,7 +163,8 @@ def gradient_of_vimpos_loss(mode: str, agg_mode: str) -> list[torch.Tensor]:
     from verl_patches.value_branch import VimpoLoss
 
     new, old, ref, kl, advantages, targets = mini_batch()
-    meta = {"vimpo_actor_coeff": COEFF, "vimpo_beta": BETA, "vimpo_num_sequences": len(SAMPLES)}
+    meta = {"vimpo_actor_coeff": COEFF, "vimpo_beta": BETA, "vimpo_value_scale": 1.0}
+    meta["vimpo_num_sequences"] = len(SAMPLES)
     data = to_tensordict(SAMPLES, **meta, **batch_info())
     for name, rows in {"old_log_probs": old, "ref_log_prob": ref, "token_kl": kl, "advantages": advantages}.items():
         data[name] = nested(rows)
@@ -174,7 +175,9 @@ def gradient_of_vimpos_loss(mode: str, agg_mode: str) -> list[torch.Tensor]:
         torch.cat([row.new_zeros(len(s.prompt) - 1), row, row.new_zeros(1)])
         for row, s in zip(leaves, SAMPLES, strict=True)
     ]
-    loss_function = VimpoLoss(partial(ppo_loss, config=actor_config(mode, agg_mode)), VimpoConfig(beta=BETA), None)
+    loss_function = VimpoLoss(
+        partial(ppo_loss, config=actor_config(mode, agg_mode)), VimpoConfig(beta=BETA, value_clip=None), None
+    )
     loss, metrics = loss_function(model_output={"log_probs": nested_with_gradient(whole)}, data=data)
     loss.backward()
     assert {"vimpo/actor_loss", "vimpo/value_loss", "actor/pg_loss"} <= metrics.keys()

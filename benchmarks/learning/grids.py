@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import product
 
+from benchmarks.learning import family
 from benchmarks.learning.analysis import best_trial, load
 from benchmarks.learning.settings import Setting
 
@@ -47,6 +48,7 @@ REUSE_TRIALS: dict[str, list[Setting]] = {
     "VIMPO, value loss": scheduled("vimpo", coeff=0.5),
     "VIMPO, clipped": scheduled("vimpo", coeff=0.5, form="clipped"),
     "VIMPO, clipped, old kappa": scheduled("vimpo", coeff=0.5, form="clipped", kappa="old"),
+    "PACS": family.TRIALS["PACS"],
 }
 
 # Condition -> what it changes of the centre, and the trials.
@@ -55,6 +57,7 @@ CONDITIONS: dict[str, tuple[dict, dict[str, list[Setting]]]] = {
     "noise_30": ({"flip_prob": 0.3}, TRIALS),
     "clean": ({"batches": 40}, TRIALS),
     "reuse": ({"batches": 20}, REUSE_TRIALS),
+    "family": ({"flip_prob": 0.2}, family.TRIALS),
     "needles": ({"task": "needles", "tokens": 64}, TRIALS),
 }
 
@@ -62,6 +65,15 @@ CONDITIONS: dict[str, tuple[dict, dict[str, list[Setting]]]] = {
 PUBLISHED = {
     "task": "reversal", "lr": 1e-4, "batches": 500, "updates": 4, "prompts": 100, "responses": 8
 }  # fmt: skip
+
+
+LABELS = {
+    "rloo": "RLOO",
+    "kl_in_reward": "KL in the reward",
+    "vimpo_paper": "VIMPO, paper's constants",
+    "pacs": "PACS",
+    "v05": "V0.5",
+}
 
 
 def label_of(setting: Setting) -> str:
@@ -72,9 +84,7 @@ def label_of(setting: Setting) -> str:
         value_loss = "VIMPO, clipped" if setting.form == "clipped" else "VIMPO, value loss"
         value_loss += ", old kappa" if setting.kappa == "old" else ""
         return "VIMPO, actor 0.1" if setting.alpha > 0 else value_loss
-    return {"rloo": "RLOO", "kl_in_reward": "KL in the reward", "vimpo_paper": "VIMPO, paper's constants"}.get(
-        setting.arm, setting.arm
-    )
+    return LABELS.get(setting.arm, setting.arm)
 
 
 def each(trials: Iterable[Setting], seeds: Iterable[int], **changes) -> list[Setting]:

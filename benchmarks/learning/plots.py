@@ -25,6 +25,8 @@ COLOURS = {
     "VIMPO, actor 0.1": "#ff7f0e",
     "VIMPO, clipped": "#9467bd",
     "VIMPO, clipped, old kappa": "#8c564b",
+    "PACS": "#17becf",
+    "V0.5": "#9edae5",
     "oracle": "#000000",
 }
 

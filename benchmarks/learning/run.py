@@ -48,7 +48,7 @@ def start_policy(setting: Setting) -> torch.nn.Module:
         torch.save(taught(setting), unfinished)
         unfinished.replace(path)
     policy = make_task(setting).make_policy()
-    policy.load_state_dict(torch.load(path))
+    policy.load_state_dict(torch.load(path, weights_only=True))
     return policy
 
 
