@@ -314,3 +314,16 @@ def _resuming_from(trainer: Any, chosen: Path | None) -> Iterator[None]:
 
 def _say(sentence: str) -> None:
     print(f"vimpo_verl: {sentence}", file=sys.stderr, flush=True)
+
+
+def loaded_folder(trainer: Any) -> Path | None:
+    """The checkpoint, global_step_N, that verl's _load_checkpoint has just loaded; None where it has loaded none.
+
+    Args:
+        trainer: of verl's v1, after its _load_checkpoint.
+    """
+    if not trainer.global_steps:
+        return None
+    keys = trainer.config.trainer
+    by_path = keys.resume_mode == "resume_path"
+    return Path(keys.resume_from_path if by_path else f"{keys.default_local_dir}/global_step_{trainer.global_steps}")

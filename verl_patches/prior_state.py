@@ -21,6 +21,7 @@ from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torch import Tensor
 from transfer_queue import KVBatchMeta
 
+from verl_patches.checkpoints import loaded_folder
 from verl_patches.group_switch import prior_of
 from vimpo_verl import __version__
 from vimpo_verl.prior import SECTION, STATE, PastRewards, Prior, PriorConfig, prior_metrics
@@ -115,11 +116,9 @@ class PriorTrainer:
             ValueError: the checkpoint's file of it cannot be read.
         """
         super()._load_checkpoint()
-        if self.global_steps:  # verl's: 0 where it has loaded nothing
-            trainer = self.config.trainer
-            by_path = trainer.resume_mode == "resume_path"
-            newest = Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"
-            self.priors.restore(Path(trainer.resume_from_path) if by_path else newest)
+        folder = loaded_folder(self)
+        if folder is not None:
+            self.priors.restore(folder)
 
 
 class RunPrior:

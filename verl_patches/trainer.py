@@ -15,6 +15,7 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.workers.utils.padding import response_from_nested
 
 from verl_patches.batches import is_padding
+from verl_patches.checkpoints import loaded_folder
 from verl_patches.family_trainer import FamilyTrainer, require_one_output_a_session, say, session_ends
 from verl_patches.loss_aggregation import aggregation_weight
 from verl_patches.names import ACTOR_COEFF, BETA, IS_REAL, VALUE_MASK, VALUE_SCALE
@@ -207,11 +208,9 @@ class VimpoTrainer(FamilyTrainer):
             ValueError: the checkpoint's file of it cannot be read.
         """
         super()._load_checkpoint()
-        if self.global_steps:  # verl's: 0 where it has loaded nothing
-            trainer = self.config.trainer
-            by_path = trainer.resume_mode == "resume_path"
-            newest = Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"
-            self.load_state(Path(trainer.resume_from_path) if by_path else newest)
+        folder = loaded_folder(self)
+        if folder is not None:
+            self.load_state(folder)
 
     def load_state(self, folder: Path) -> None:
         """The same, out of a checkpoint.
