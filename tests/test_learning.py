@@ -222,7 +222,7 @@ def test_a_headline_grid_waits_for_the_whole_tuning_grid(monkeypatch):
     monkeypatch.setattr(grids, "load", lambda grid: tuned)
     chosen = grids.headline("clean")
     assert len(chosen) == len(grids.TRIALS) * len(grids.REPORTED_SEEDS)
-    assert {setting.lr for setting in chosen if grids.label_of(setting) == "GRPO"} == {max(grids.RATES)}
+    assert {setting.lr for setting in chosen if setting.label == "GRPO"} == {max(grids.RATES)}
     tuned.popitem()
     assert grids.headline("clean") == []
 
