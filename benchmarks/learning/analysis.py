@@ -82,10 +82,10 @@ def table(grid: str, reference: str) -> str:
         ValueError: the grid has no such arm, or not exactly one trial of it.
     """
     trials = by_trial(load(grid))
-    chosen = [trial for trial in trials if trial.label == reference]
+    chosen = [trial for trial in trials if reference in (trial.label, f"{trial.label}, {trial.trial}")]
     if len(chosen) != 1:
         raise ValueError(
-            f"{grid} has {len(chosen)} trials of {reference!r}; its arms: {sorted({t.label for t in trials})}"
+            f"{grid} has {len(chosen)} trials of {reference!r}; it has {sorted(f'{t.label}, {t.trial}' for t in trials)}"
         )
     lines = [
         f"| arm | trial | seeds | accuracy at the end | area under the curve | {reference} ahead by, at the end | by area |",
@@ -131,7 +131,11 @@ def _cell(interval: tuple[float, float, float], sign: bool = False) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid")
-    parser.add_argument("--reference", default="VIMPO, value loss", help="the arm that is compared with the others")
+    parser.add_argument(
+        "--reference",
+        default="VIMPO, value loss",
+        help="the arm that is compared with the others; with its trial behind it where an arm has two",
+    )
     args = parser.parse_args()
     print(tuning_table(args.grid) if args.grid.startswith("tune_") else table(args.grid, args.reference))
 
