@@ -2,6 +2,7 @@
 
 python -m benchmarks.learning.analysis noise_20             # a Markdown table: how far VIMPO is ahead of every arm
 python -m benchmarks.learning.analysis tune_noise_20        # a Markdown table of every trial
+python -m benchmarks.learning.analysis qwen3_reuse --one-update qwen3_clean   # how many rollouts several updates a batch save
 """
 
 import argparse
@@ -119,6 +120,41 @@ def tuning_table(grid: str) -> str:
     return "\n".join(lines)
 
 
+def share_of_rollouts(grid: str, with_one_update: str, batches: int, window: int = 5) -> str:
+    """What share of the batches each trial of a grid needs to be where the best rival is with one update a batch.
+
+    Curves are means over seeds, smoothed over `window` batches; a rival is any arm that is neither VIMPO nor the oracle.
+
+    Args:
+        grid: a headline grid with several updates a batch.
+        with_one_update: a headline grid of the same condition with one.
+        batches: how many batches the best rival has had.
+
+    Returns:
+        A Markdown table; "more" where a trial does not get there in the batches it has.
+    """
+    slow = {trial: _smooth_curve(results, window) for trial, results in by_trial(load(with_one_update)).items()}
+    rivals = {trial: curve[batches - window] for trial, curve in slow.items() if trial.arm not in ("oracle", "vimpo")}
+    best = max(rivals, key=rivals.get)
+    goal = rivals[best]
+    lines = [
+        f"| batches to {goal:.2f}, where {best.label} ({best.trial}) is after {batches} | batches | share |",
+        "| --- | --- | --- |",
+    ]
+    for trial, results in by_trial(load(grid)).items():
+        curve = _smooth_curve(results, window)
+        reached = int(np.argmax(curve >= goal)) + window if (curve >= goal).any() else None
+        cells = (str(reached), f"{reached / batches:.0%}") if reached else ("more", "")
+        lines.append(f"| {trial.label}, {trial.trial} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _smooth_curve(results: dict[int, dict], window: int) -> np.ndarray:
+    """[batches - window + 1]: the mean reward of `window` batches in a row, over seeds."""
+    mean = np.mean([result["rewards"] for result in results.values()], axis=0)
+    return np.convolve(mean, np.ones(window) / window, mode="valid")
+
+
 def _mean_accuracy(results: dict[int, dict]) -> float:
     return float(np.mean([accuracy(result) for result in results.values()]))
 
@@ -136,7 +172,14 @@ def main() -> None:
         default="VIMPO, value loss",
         help="the arm that is compared with the others; with its trial behind it where an arm has two",
     )
+    parser.add_argument(
+        "--one-update", metavar="GRID", help="how many batches GRID's best rival needs more, see share_of_rollouts"
+    )
+    parser.add_argument("--batches", type=int, default=20, help="of GRID's best rival")
     args = parser.parse_args()
+    if args.one_update:
+        print(share_of_rollouts(args.grid, args.one_update, args.batches))
+        return
     print(tuning_table(args.grid) if args.grid.startswith("tune_") else table(args.grid, args.reference))
 
 
