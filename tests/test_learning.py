@@ -245,7 +245,9 @@ def test_paired_difference_and_the_best_trial():
 COMPARED = {
     "noise_20": "VIMPO, value loss",
     "qwen3_noise_20": "VIMPO, value loss, 0.001, tie 1",
+    "qwen3_clean": "VIMPO, value loss, 0.001, tie 1",
     "reuse": "VIMPO, clipped",
+    "qwen3_reuse": "VIMPO, clipped, old kappa",
 }
 
 
@@ -254,9 +256,13 @@ def test_the_page_has_the_table_of_a_headline_grid(grid):
     assert analysis.table(grid, COMPARED[grid]) in (ROOT / "docs/study.md").read_text()
 
 
-@pytest.mark.parametrize("grid", ["tune_qwen3_noise_20"])
+@pytest.mark.parametrize("grid", ["tune_qwen3_noise_20", "tune_qwen3_clean", "tune_qwen3_reuse"])
 def test_the_page_has_the_whole_tuning_grid(grid):
     assert analysis.tuning_table(grid) in (ROOT / "docs/study.md").read_text()
+
+
+def test_the_page_has_what_reuse_saves():
+    assert analysis.share_of_rollouts("qwen3_reuse", "qwen3_clean", 20) in (ROOT / "docs/study.md").read_text()
 
 
 def results_of(curves: dict[Setting, list[float]]) -> dict[Setting, dict]:
