@@ -209,7 +209,10 @@ def test_runs_of_different_settings_have_different_folders(python_stub):
     [
         ({"ALGO": "ppo"}, "ALGO must be grpo, vimpo, pacs or v05, not 'ppo'"),
         ({"PRESET": "16gpu"}, "PRESET must be 1gpu, 8gpu, multinode or lora, with reuse or without, not '16gpu'"),
-        ({"PRESET": "1gpu 8gpu"}, "PRESET must be 1gpu, 8gpu, multinode or lora, with reuse or without, not '1gpu 8gpu'"),
+        (
+            {"PRESET": "1gpu 8gpu"},
+            "PRESET must be 1gpu, 8gpu, multinode or lora, with reuse or without, not '1gpu 8gpu'",
+        ),
         ({"PRESET": "1gpu", "RESPONSE_LENGTH": "8192"}, "MAX_TOKENS=8192 cannot hold one sequence"),
         ({}, "data/guru_math.parquet: make it with examples/math/prepare_data.py"),
     ],
