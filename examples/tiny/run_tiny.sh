@@ -84,6 +84,7 @@ else
     unset RAY_ADDRESS                                    # whatever else runs here
     ENVIRONMENT+=(VLLM_HOST_IP=127.0.0.1 GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}")
     ENVIRONMENT+=(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0)   # despite the name: Ray stays on the loopback address
+    ENVIRONMENT+=(RAY_raylet_start_wait_time_s=300)      # Ray's 30 seconds are too few on a machine that is busy
 fi
 
 share=$((PROMPTS * RESPONSES / (UPDATES * NNODES * RANKS)))
