@@ -112,7 +112,7 @@ def test_the_update_in_one_pass_makes_one_logits_tensor_more_than_grpos(
 FEW_TOKENS = 8  # of a chunk of the token statistics, in float64
 
 
-@pytest.mark.parametrize("use_remove_padding, temperature", LAYOUTS[:2])
+@pytest.mark.parametrize("use_remove_padding, temperature", LAYOUTS)
 def test_the_joint_pass_needs_no_more_than_grpos_old_pass(models, small_buffers, use_remove_padding, temperature):
     setting = replace(SETTING, use_remove_padding=use_remove_padding, temperature=temperature)
     samples, workers = make_samples(), make_workers(models, setting)
