@@ -104,7 +104,9 @@ class OnePassTrainer(VimpoTrainer):
                 raise TypeError(f"{SECTION}.passes: {why}")
             return Passes(False, why)
         if not is_asked_for and _is_of_a_user(type(self), "_compute_advantage"):
-            why = f"{type(self).__name__} has a _compute_advantage of its own, which may look at log-probs and advantages"
+            why = (
+                f"{type(self).__name__} has a _compute_advantage of its own, which may look at log-probs and advantages"
+            )
             return Passes(False, why)
         return passes
 
