@@ -85,9 +85,11 @@ def test_what_vimpo_changes_in_the_configuration():
     assert {key for key in changed if not key.startswith(loss)} <= {
         "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu",
         "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size",
+        "actor_rollout_ref.ref.fsdp_config.model_dtype",
     }
     assert after["actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu"] == 4
     assert after["actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size"] == 2
+    assert after["actor_rollout_ref.ref.fsdp_config.model_dtype"] == "bf16"  # what it is computed in
 
 
 def flat(container, prefix=""):
