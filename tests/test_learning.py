@@ -222,7 +222,7 @@ def test_a_headline_grid_waits_for_the_whole_tuning_grid(monkeypatch):
     monkeypatch.setattr(grids, "load", lambda grid: tuned)
     chosen = grids.headline("clean")
     assert len(chosen) == len(grids.TRIALS) * len(grids.REPORTED_SEEDS)
-    assert {setting.lr for setting in chosen if grids.label_of(setting) == "GRPO"} == {max(grids.RATES)}
+    assert {setting.lr for setting in chosen if setting.label == "GRPO"} == {max(grids.RATES)}
     tuned.popitem()
     assert grids.headline("clean") == []
 
@@ -239,3 +239,82 @@ def test_paired_difference_and_the_best_trial():
     assert analysis.paired_difference(found[trials[0]], found[trials[1]]) == pytest.approx((0.1, 0.1, 0.1))
     with pytest.raises(ValueError, match="have not been run: rloo"):
         analysis.best_trial([Setting("rloo", seed=0)], grid)
+
+
+# grid -> the arm that docs/study.md compares with the others
+COMPARED = {
+    "noise_20": "VIMPO, value loss",
+    "qwen3_noise_20": "VIMPO, value loss, 0.001, tie 1",
+    "qwen3_clean": "VIMPO, value loss, 0.001, tie 1",
+    "reuse": "VIMPO, clipped",
+    "qwen3_reuse": "VIMPO, clipped, old kappa",
+}
+
+
+@pytest.mark.parametrize("grid", COMPARED)
+def test_the_page_has_the_table_of_a_headline_grid(grid):
+    assert analysis.table(grid, COMPARED[grid]) in (ROOT / "docs/study.md").read_text()
+
+
+@pytest.mark.parametrize("grid", ["tune_qwen3_noise_20", "tune_qwen3_clean", "tune_qwen3_reuse"])
+def test_the_page_has_the_whole_tuning_grid(grid):
+    assert analysis.tuning_table(grid) in (ROOT / "docs/study.md").read_text()
+
+
+def test_the_page_has_what_reuse_saves():
+    assert analysis.share_of_rollouts("qwen3_reuse", "qwen3_clean", 20) in (ROOT / "docs/study.md").read_text()
+
+
+def results_of(curves: dict[Setting, list[float]]) -> dict[Setting, dict]:
+    return {setting: {"accuracy": curve[-1], "rewards": curve} for setting, curve in curves.items()}
+
+
+def test_the_table_takes_differences_by_seed(monkeypatch):
+    results = results_of({
+        Setting("grpo", seed=1): [0.1, 0.2], Setting("grpo", seed=2): [0.5, 0.6],
+        Setting("vimpo", coeff=0.5, seed=1): [0.2, 0.3], Setting("vimpo", coeff=0.5, seed=2): [0.6, 0.7],
+        Setting("vimpo", coeff=1.0, seed=1): [0.0, 0.0], Setting("vimpo", coeff=1.0, seed=2): [0.0, 0.0],
+    })  # fmt: skip
+    monkeypatch.setattr(analysis, "load", lambda grid: results)
+    lines = analysis.table("any", "VIMPO, value loss, 0.001, tie 0.5").splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| VIMPO, value loss", "| GRPO", "| VIMPO, value loss"]
+    assert "| 2 | 0.400 (0.200 to 0.600) | 0.350 (0.150 to 0.550) | +0.100 (+0.100 to +0.100) | +0.100" in lines[3]
+    with pytest.raises(ValueError, match="has 2 trials of 'VIMPO, value loss'"):
+        analysis.table("any", "VIMPO, value loss")
+
+
+def test_the_share_of_rollouts(monkeypatch):
+    """The rival is at 0.4 after the 4th batch; the oracle, which is better, is none. With 4 updates: there at the 2nd."""
+    one_update = results_of({
+        Setting("grpo", batches=5): [0.1, 0.2, 0.3, 0.4, 0.5], Setting("rloo", batches=5): [0.1, 0.1, 0.1, 0.1, 0.1],
+        Setting("oracle", batches=5): [0.9] * 5, Setting("vimpo", coeff=0.5, batches=5): [0.8] * 5,
+    })  # fmt: skip
+    several = results_of({
+        Setting("vimpo", coeff=0.5, form="clipped", updates=4, batches=3): [0.3, 0.45, 0.6],
+        Setting("pacs", coeff=1.0, updates=2, batches=3): [0.1, 0.2, 0.3],
+    })  # fmt: skip
+    monkeypatch.setattr(analysis, "load", lambda grid: {"one": one_update, "several": several}[grid])
+    table = analysis.share_of_rollouts("several", "one", batches=4, window=1)
+    assert "to 0.40, where GRPO (0.001) is after 4" in table
+    assert "| VIMPO, clipped, 0.001, tie 0.5, 4 updates | 2 | 50% |" in table
+    assert "| PACS, 0.001, tie 1, 2 updates | more |  |" in table
+
+
+def test_a_clipped_loss_has_no_actor_loss_beside_it():
+    with pytest.raises(ValueError, match="alpha must be 0"):
+        Setting("vimpo", form="clipped", alpha=0.1)
+
+
+def test_the_quickstarts_model_learns_the_same_tasks():
+    setting = Setting("vimpo", coeff=0.5, model="qwen3", tokens=3, batches=2, prompts=4, responses=4)
+    first = run(setting)
+    assert first["rewards"] == run(setting)["rewards"]
+    assert 0 < first["accuracy"] < 1 and start_policy(setting).model.config.model_type == "qwen3"
+
+
+def test_a_headline_grid_has_vimpo_at_the_default_beta_too(monkeypatch):
+    """Where the larger tie wins, the best trial at the default is repeated beside it."""
+    tuned = {s: {"accuracy": s.coeff + s.lr, "rewards": [0.5]} for s in grids.tuning("clean")}
+    monkeypatch.setattr(grids, "load", lambda grid: tuned)
+    vimpo = {setting.coeff for setting in grids.headline("clean") if setting.label == "VIMPO, value loss"}
+    assert vimpo == {0.5, 1.0}

@@ -3,5 +3,6 @@
 import sys
 from pathlib import Path
 
-# The training loop is that of examples/one_file.py, which is an example first and no package.
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+# The training loop and the quickstart's model are those of the examples, which are examples first and no package.
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "tiny")]

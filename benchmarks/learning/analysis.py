@@ -1,6 +1,8 @@
 """From results to tables: which trial of an arm is the best, and how arms differ, paired by seed.
 
-python -m benchmarks.learning.analysis headline_noise        # a Markdown table of every arm against every other
+python -m benchmarks.learning.analysis noise_20             # a Markdown table: how far VIMPO is ahead of every arm
+python -m benchmarks.learning.analysis tune_noise_20        # a Markdown table of every trial
+python -m benchmarks.learning.analysis qwen3_reuse --one-update qwen3_clean   # how many rollouts several updates a batch save
 """
 
 import argparse
@@ -23,6 +25,11 @@ def load(grid: str) -> dict[Setting, dict]:
     path = RESULTS / f"{grid}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {Setting(**row["setting"]): row for row in rows}
+
+
+def accuracy(result: dict) -> float:
+    """At the end, on held-out prompts."""
+    return result["accuracy"]
 
 
 def area(result: dict) -> float:
@@ -52,7 +59,7 @@ def best_trial(trials: Iterable[Setting], results: dict[Setting, dict]) -> Setti
     missing = [trial.name for trial in trials if trial not in found]
     if missing:
         raise ValueError(f"these trials have not been run: {', '.join(missing)}")
-    return max(trials, key=lambda trial: np.mean([result["accuracy"] for result in found[trial].values()]))
+    return max(trials, key=lambda trial: _mean_accuracy(found[trial]))
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -63,25 +70,93 @@ def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
     return float(values.mean()), float(low), float(high)
 
 
-def paired_difference(a: dict[int, dict], b: dict[int, dict], of=lambda result: result["accuracy"]):
+def paired_difference(a: dict[int, dict], b: dict[int, dict], of=accuracy):
     """mean_interval of b - a over the seeds that both have."""
     seeds = sorted(a.keys() & b.keys())
     return mean_interval(np.array([of(b[seed]) - of(a[seed]) for seed in seeds]))
 
 
 def table(grid: str, reference: str) -> str:
-    """A Markdown table of a grid's trials: accuracy, area, and the difference to the trials of the arm `reference`."""
+    """A Markdown table of a headline grid: accuracy and area of every arm, and by how much the arm `reference` is ahead.
+
+    Raises:
+        ValueError: the grid has no such arm, or not exactly one trial of it.
+    """
     trials = by_trial(load(grid))
-    rivals = [trial for trial in trials if trial.arm == reference]
-    lines = ["| trial | seeds | accuracy | area | accuracy minus " + " | ".join(trial.name for trial in rivals) + " |"]
-    lines.append("| --- " * (4 + len(rivals)) + "|")
-    for trial, results in sorted(trials.items(), key=lambda item: item[0].name):
-        accuracy = mean_interval(np.array([result["accuracy"] for result in results.values()]))
-        curve = mean_interval(np.array([area(result) for result in results.values()]))
-        cells = [trial.name, str(len(results)), _cell(accuracy), _cell(curve)]
-        cells += [_cell(paired_difference(trials[rival], results), sign=True) for rival in rivals]
+    chosen = [trial for trial in trials if reference in (trial.label, f"{trial.label}, {trial.trial}")]
+    if len(chosen) != 1:
+        raise ValueError(
+            f"{grid} has {len(chosen)} trials of {reference!r}; it has {sorted(f'{t.label}, {t.trial}' for t in trials)}"
+        )
+    lines = [
+        f"| arm | trial | seeds | accuracy at the end | area under the curve | {reference} ahead by, at the end | by area |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for trial, results in sorted(trials.items(), key=lambda item: -_mean_accuracy(item[1])):
+        cells = [trial.label, trial.trial, str(len(results))]
+        for value in (accuracy, area):
+            cells.append(_cell(mean_interval(np.array([value(result) for result in results.values()]))))
+        for value in (accuracy, area):
+            ahead = paired_difference(results, trials[chosen[0]], value)
+            cells.append("" if trial == chosen[0] else _cell(ahead, sign=True))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def tuning_table(grid: str) -> str:
+    """A Markdown table of a whole tuning grid: mean accuracy at the end of every trial, the best of an arm in bold."""
+    arms: dict[str, dict[Setting, float]] = defaultdict(dict)
+    for trial, results in by_trial(load(grid)).items():
+        arms[trial.label][trial] = _mean_accuracy(results)
+    width = max(len(trials) for trials in arms.values())
+    lines = ["| arm |" + " trial: accuracy |" * width, "| --- " * (width + 1) + "|"]
+    for label, trials in sorted(arms.items()):
+        best = max(trials.values())
+        cells = [
+            f"{trial.trial}: " + (f"**{mean:.2f}**" if mean == best else f"{mean:.2f}")
+            for trial, mean in trials.items()
+        ]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def share_of_rollouts(grid: str, with_one_update: str, batches: int, window: int = 5) -> str:
+    """What share of the batches each trial of a grid needs to be where the best rival is with one update a batch.
+
+    Curves are means over seeds, smoothed over `window` batches; a rival is any arm that is neither VIMPO nor the oracle.
+
+    Args:
+        grid: a headline grid with several updates a batch.
+        with_one_update: a headline grid of the same condition with one.
+        batches: how many batches the best rival has had.
+
+    Returns:
+        A Markdown table; "more" where a trial does not get there in the batches it has.
+    """
+    slow = {trial: _smooth_curve(results, window) for trial, results in by_trial(load(with_one_update)).items()}
+    rivals = {trial: curve[batches - window] for trial, curve in slow.items() if trial.arm not in ("oracle", "vimpo")}
+    best = max(rivals, key=rivals.get)
+    goal = rivals[best]
+    lines = [
+        f"| batches to {goal:.2f}, where {best.label} ({best.trial}) is after {batches} | batches | share |",
+        "| --- | --- | --- |",
+    ]
+    for trial, results in by_trial(load(grid)).items():
+        curve = _smooth_curve(results, window)
+        reached = int(np.argmax(curve >= goal)) + window if (curve >= goal).any() else None
+        cells = (str(reached), f"{reached / batches:.0%}") if reached else ("more", "")
+        lines.append(f"| {trial.label}, {trial.trial} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _smooth_curve(results: dict[int, dict], window: int) -> np.ndarray:
+    """[batches - window + 1]: the mean reward of `window` batches in a row, over seeds."""
+    mean = np.mean([result["rewards"] for result in results.values()], axis=0)
+    return np.convolve(mean, np.ones(window) / window, mode="valid")
+
+
+def _mean_accuracy(results: dict[int, dict]) -> float:
+    return float(np.mean([accuracy(result) for result in results.values()]))
 
 
 def _cell(interval: tuple[float, float, float], sign: bool = False) -> str:
@@ -92,9 +167,20 @@ def _cell(interval: tuple[float, float, float], sign: bool = False) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid")
-    parser.add_argument("--reference", default="vimpo", help="the arm that the others are compared with")
+    parser.add_argument(
+        "--reference",
+        default="VIMPO, value loss",
+        help="the arm that is compared with the others; with its trial behind it where an arm has two",
+    )
+    parser.add_argument(
+        "--one-update", metavar="GRID", help="how many batches GRID's best rival needs more, see share_of_rollouts"
+    )
+    parser.add_argument("--batches", type=int, default=20, help="of GRID's best rival")
     args = parser.parse_args()
-    print(table(args.grid, args.reference))
+    if args.one_update:
+        print(share_of_rollouts(args.grid, args.one_update, args.batches))
+        return
+    print(tuning_table(args.grid) if args.grid.startswith("tune_") else table(args.grid, args.reference))
 
 
 if __name__ == "__main__":

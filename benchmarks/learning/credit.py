@@ -17,6 +17,7 @@ from one_file import collect
 from torch import Tensor
 
 from benchmarks.learning.analysis import RESULTS, mean_interval
+from benchmarks.learning.grids import chosen
 from benchmarks.learning.run import make_task, start_policy, trained
 from benchmarks.learning.settings import Setting
 from vimpo_verl import functional as F
@@ -24,13 +25,8 @@ from vimpo_verl.batch import outcome_auc
 
 PROMPTS, RESPONSES = 256, 8
 SEEDS = range(1, 6)
-ARMS = (
-    Setting("grpo", batches=80),
-    Setting("kl_in_reward", coeff=0.5, batches=80),
-    Setting("vimpo", coeff=0.5, batches=80),
-    Setting("vimpo", coeff=0.5, alpha=0.1, batches=80),
-)
-CONDITIONS = ({}, {"flip_prob": 0.2})
+ARMS = ("GRPO", "KL in the reward", "VIMPO, value loss", "VIMPO, actor 0.1")
+CONDITIONS = ("qwen3_clean", "qwen3_noise_20")  # each arm at its best trial there, 80 batches
 
 
 def measure(setting: Setting) -> dict[str, float]:
@@ -96,8 +92,11 @@ def main() -> None:
     parser.parse_args()
     rows = []
     for condition in CONDITIONS:
+        best = chosen(condition)
+        if not best:
+            parser.error(f"each arm's best trial is that of tune_{condition}: run that grid to its end first")
         for arm in ARMS:
-            setting = replace(arm, **condition)
+            setting = replace(best[arm], batches=80)
             runs = [measure(replace(setting, seed=seed)) for seed in SEEDS]
             summary = {name: mean_interval(np.array([run[name] for run in runs])) for name in runs[0]}
             rows.append({"name": setting.name, "setting": asdict(setting), "seeds": list(SEEDS), "runs": runs})

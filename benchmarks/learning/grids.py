@@ -12,7 +12,9 @@ from itertools import product
 from benchmarks.learning import family
 from benchmarks.learning.analysis import best_trial, load
 from benchmarks.learning.settings import Setting
+from vimpo_verl.config import VimpoConfig
 
+DEFAULT_TIE = VimpoConfig().beta_scale
 TUNING_SEEDS = range(101, 104)
 REPORTED_SEEDS = range(1, 11)
 
@@ -57,6 +59,9 @@ CONDITIONS: dict[str, tuple[dict, dict[str, list[Setting]]]] = {
     "noise_30": ({"flip_prob": 0.3}, TRIALS),
     "clean": ({"batches": 40}, TRIALS),
     "reuse": ({"batches": 20}, REUSE_TRIALS),
+    "qwen3_noise_20": ({"flip_prob": 0.2, "model": "qwen3"}, TRIALS),
+    "qwen3_clean": ({"batches": 40, "model": "qwen3"}, TRIALS),
+    "qwen3_reuse": ({"batches": 20, "model": "qwen3"}, REUSE_TRIALS),
     "family": ({"flip_prob": 0.2}, family.TRIALS),
     "needles": ({"task": "needles", "tokens": 64}, TRIALS),
 }
@@ -65,26 +70,6 @@ CONDITIONS: dict[str, tuple[dict, dict[str, list[Setting]]]] = {
 PUBLISHED = {
     "task": "reversal", "lr": 1e-4, "batches": 500, "updates": 4, "prompts": 100, "responses": 8
 }  # fmt: skip
-
-
-LABELS = {
-    "rloo": "RLOO",
-    "kl_in_reward": "KL in the reward",
-    "vimpo_paper": "VIMPO, paper's constants",
-    "pacs": "PACS",
-    "v05": "V0.5",
-}
-
-
-def label_of(setting: Setting) -> str:
-    """The label of the arm that a setting belongs to."""
-    if setting.arm == "grpo":
-        return "GRPO, KL loss" if setting.coeff > 0 else "GRPO"
-    if setting.arm == "vimpo":
-        value_loss = "VIMPO, clipped" if setting.form == "clipped" else "VIMPO, value loss"
-        value_loss += ", old kappa" if setting.kappa == "old" else ""
-        return "VIMPO, actor 0.1" if setting.alpha > 0 else value_loss
-    return LABELS.get(setting.arm, setting.arm)
 
 
 def each(trials: Iterable[Setting], seeds: Iterable[int], **changes) -> list[Setting]:
@@ -111,8 +96,18 @@ def chosen(condition: str) -> dict[str, Setting]:
 
 
 def headline(condition: str) -> list[Setting]:
-    """Each arm's best trial on the reported seeds."""
-    return each(chosen(condition).values(), REPORTED_SEEDS)
+    """Each arm's best trial on the reported seeds, and VIMPO's best at the beta that `beta=auto` works out."""
+    best = chosen(condition)
+    return each(dict.fromkeys([*best.values(), *(at_the_defaults(condition) if best else [])]), REPORTED_SEEDS)
+
+
+def at_the_defaults(condition: str) -> list[Setting]:
+    """The best trial of VIMPO's value loss with beta * T as by default, as the setting with seed 0."""
+    changes, trials = CONDITIONS[condition]
+    tied = [
+        replace(trial, seed=0, **changes) for trial in trials.get("VIMPO, value loss", ()) if trial.coeff == DEFAULT_TIE
+    ]
+    return [best_trial(tied, load(f"tune_{condition}"))] if tied else []
 
 
 # Each axis moves one thing of noise_20, with the settings that were best there and fewer arms and seeds.
@@ -134,7 +129,19 @@ def axis(name: str) -> list[Setting]:
     return each(trials, AXIS_SEEDS)
 
 
+# beta * T of VIMPO's value loss, with noise and without: what beta_scale should be. On the tuning seeds, because it chooses.
+TIES = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+def ties() -> list[Setting]:
+    """Every beta * T at two learning rates, on the quickstart's model."""
+    trials = [Setting("vimpo", lr=lr, coeff=tie, model="qwen3") for lr, tie in product((5e-4, 1e-3), TIES)]
+    conditions = ({"flip_prob": 0.2}, {"batches": 40})
+    return [setting for changes in conditions for setting in each(trials, TUNING_SEEDS, **changes)]
+
+
 GRIDS: dict[str, Callable[[], list[Setting]]] = {
+    "tie": ties,
     **{f"tune_{condition}": lambda condition=condition: tuning(condition) for condition in CONDITIONS},
     **{condition: lambda condition=condition: headline(condition) for condition in CONDITIONS},
     "reversal": lambda: each(

@@ -13,7 +13,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.learning.analysis import by_trial, load, mean_interval
-from benchmarks.learning.grids import label_of
 
 COLOURS = {
     "GRPO": "#7f7f7f",
@@ -34,14 +33,14 @@ COLOURS = {
 def curves(grid: str, path: Path) -> None:
     """Share of right answers over the batches: mean over seeds, with its interval; smoothed over five batches."""
     figure, axes = plt.subplots(figsize=(7, 4.2))
-    for trial, results in sorted(by_trial(load(grid)).items(), key=lambda item: label_of(item[0])):
+    for trial, results in sorted(by_trial(load(grid)).items(), key=lambda item: item[0].label):
         rewards = np.array([result["rewards"] for result in results.values()])
         smooth = np.stack([np.convolve(row, np.ones(5) / 5, mode="valid") for row in rewards])
         middle, low, high = np.array([mean_interval(column) for column in smooth.T]).T
         batches = np.arange(len(middle)) + 3
-        label = label_of(trial)
-        axes.plot(batches, middle, label=f"{label} ({len(rewards)} seeds)", color=COLOURS[label])
-        axes.fill_between(batches, low, high, color=COLOURS[label], alpha=0.15, linewidth=0)
+        colour = COLOURS[trial.label]
+        axes.plot(batches, middle, label=f"{trial.label} ({len(rewards)} seeds)", color=colour)
+        axes.fill_between(batches, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel("batches sampled")
     axes.set_ylabel("share of right answers")
     axes.set_ylim(0, 1)

@@ -10,6 +10,8 @@ from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
+import choose_lr
+import make_model
 import one_file
 import torch
 from one_file import Rollout, imitate, train
@@ -29,11 +31,19 @@ def make_task(setting: Setting):
     return TASKS[setting.task](setting.tokens)
 
 
+def make_policy(setting: Setting) -> torch.nn.Module:
+    """The untaught policy of a setting."""
+    task = make_task(setting)
+    if setting.model == "qwen3":
+        return choose_lr.Policy(make_model.make_model(task.vocabulary))
+    return task.make_policy()
+
+
 def taught(setting: Setting) -> dict:
     """The weights that every arm of a seed starts from: of an initialisation of its own, taught to `start_accuracy`."""
     task = make_task(setting)
     torch.manual_seed(setting.seed)
-    policy = task.make_policy()
+    policy = make_policy(setting)
     if task.start_accuracy > 0:
         imitate(policy, task.teacher(), task.start_accuracy, setting.seed)
     return policy.state_dict()
@@ -41,13 +51,14 @@ def taught(setting: Setting) -> dict:
 
 def start_policy(setting: Setting) -> torch.nn.Module:
     """The policy that every arm of a seed starts from, and the reference; kept in STARTS by the code that makes it."""
-    path = STARTS / f"{setting.task}_{setting.tokens}_{setting.decisions}_{setting.seed}_{_code()}.pt"
+    name = f"{setting.model}_{setting.task}_{setting.tokens}_{setting.decisions}_{setting.seed}_{_code()}.pt"
+    path = STARTS / name
     if not path.exists():
         STARTS.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
         torch.save(taught(setting), unfinished)
         unfinished.replace(path)
-    policy = make_task(setting).make_policy()
+    policy = make_policy(setting)
     policy.load_state_dict(torch.load(path, weights_only=True))
     return policy
 
@@ -55,7 +66,8 @@ def start_policy(setting: Setting) -> torch.nn.Module:
 @functools.cache
 def _code() -> str:
     """Of the files that decide what a start is."""
-    return hashlib.sha256(b"".join(Path(m.__file__).read_bytes() for m in (one_file, tasks))).hexdigest()[:8]
+    sources = (one_file, tasks, make_model, choose_lr)
+    return hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in sources)).hexdigest()[:8]
 
 
 def sample_from_past(policy: torch.nn.Module, batches: int) -> None:

@@ -2,6 +2,14 @@
 
 from dataclasses import dataclass, fields
 
+LABELS = {
+    "rloo": "RLOO",
+    "kl_in_reward": "KL in the reward",
+    "vimpo_paper": "VIMPO, paper's constants",
+    "pacs": "PACS",
+    "v05": "V0.5",
+}
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -16,6 +24,7 @@ class Setting:
         kappa: the policy that kappa belongs to, "current" or "old".
         form: of VIMPO's value loss: the paper's "regression", or "clipped", its gradient through PPO's clipped ratio. The
             same for one update a batch.
+        model: "one_file", the transformer of examples/one_file.py, or "qwen3", the quickstart's.
         task, tokens, decisions: the task and its size; decisions is needles' K, and path_star's number of arms.
         batches, updates, staleness: batches sampled, optimiser steps on each, and how many batches old they are.
         prompts, responses: of a batch.
@@ -30,6 +39,7 @@ class Setting:
     trust: str = "batch"
     kappa: str = "current"
     form: str = "regression"
+    model: str = "one_file"
     task: str = "running_sums"
     tokens: int = 10
     decisions: int = 4
@@ -42,9 +52,33 @@ class Setting:
     flip_kind: str = "group"
     seed: int = 1
 
+    def __post_init__(self):
+        if self.form == "clipped" and self.alpha > 0:
+            raise ValueError("the clipped value loss has no actor loss beside it here: alpha must be 0")
+
     @property
     def name(self) -> str:
         """The same for the same setting, on any machine."""
         differing = [f for f in fields(self) if f.name != "arm" and getattr(self, f.name) != f.default]
         return "-".join([self.arm, *(f"{f.name}={getattr(self, f.name):g}" if isinstance(getattr(self, f.name), float)
                                      else f"{f.name}={getattr(self, f.name)}" for f in differing)])  # fmt: skip
+
+    @property
+    def label(self) -> str:
+        """The arm, as tables and pictures call it."""
+        if self.arm == "grpo":
+            return "GRPO, KL loss" if self.coeff > 0 else "GRPO"
+        if self.arm != "vimpo":
+            return LABELS.get(self.arm, self.arm)
+        if self.alpha > 0:
+            return f"VIMPO, actor {self.alpha:g}"
+        value_loss = "VIMPO, clipped" if self.form == "clipped" else "VIMPO, value loss"
+        return f"{value_loss}, old kappa" if self.kappa == "old" else value_loss
+
+    @property
+    def trial(self) -> str:
+        """What is tuned of an arm: learning rate, tie to the reference, updates a batch."""
+        parts = [f"{self.lr:g}"]
+        parts += [f"tie {self.coeff:g}"] if self.coeff > 0 else []
+        parts += [f"{self.updates} updates"] if self.updates > 1 else []
+        return ", ".join(parts)

@@ -35,10 +35,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def make_model(vocab_size: int, **special_tokens: int) -> Qwen3ForCausalLM:
     """vocab_size must equal len(tokenizer): verl masks surplus entries in vLLM only, and log-probs would differ."""
     config = Qwen3Config(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=192,
         num_hidden_layers=2,
@@ -47,9 +47,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         head_dim=32,
         max_position_embeddings=128,
         tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
+        **{"pad_token_id": None, "bos_token_id": None, "eos_token_id": None, **special_tokens},
     )
     return Qwen3ForCausalLM(config).float()
 
@@ -108,7 +106,8 @@ def main() -> None:
     disable_progress_bar()
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
+    special_tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = make_model(len(tokenizer), **special_tokens)
     accuracy = warm_up(model, tokenizer, args)
     args.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.out)
