@@ -40,6 +40,7 @@ class Setting:
     mini_batches: int = 1
     epochs: int = 1
     lr: float = 0.0
+    adam_eps: float | None = None  # AdamW with it in SGD's place
     lam: float = 1.0
     knobs: dict = field(default_factory=dict)
     actor: dict = field(default_factory=dict)
@@ -108,6 +109,10 @@ def make_worker(worker_cls, path: Path, setting: Setting, forward_only: bool):
 
     attention = ulysses_on_cpu.register() if setting.sp_size > 1 else "sdpa"
     dynamic = setting.micro_batch_size is None
+    if setting.adam_eps is None:
+        optimizer = {"optimizer": "SGD"}
+    else:
+        optimizer = {"optimizer": "AdamW", "override_optimizer_config": {"eps": setting.adam_eps}}
     worker = worker_cls(
         config=TrainingWorkerConfig(
             model_type="language_model",
@@ -137,7 +142,7 @@ def make_worker(worker_cls, path: Path, setting: Setting, forward_only: bool):
                 infer_micro_batch_size_per_gpu=setting.micro_batch_size,
             ),
             optimizer_config=FSDPOptimizerConfig(
-                optimizer="SGD", lr=setting.lr, weight_decay=0.0, clip_grad=1e9, total_training_steps=10
+                lr=setting.lr, weight_decay=0.0, clip_grad=1e9, total_training_steps=10, **optimizer
             ),
             checkpoint_config=CheckpointConfig(),
             profiler_config=None,
