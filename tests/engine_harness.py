@@ -8,7 +8,7 @@ With several processes (`run_on_ranks`) each rank holds a contiguous part of the
 import os
 import socket
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -267,6 +267,15 @@ def run_one_pass_step(
     metrics = reduce_metrics(dict(output["metrics"])) if output is not None else {}
     metrics = {name.removeprefix("of_batch/"): value for name, value in metrics.items()}
     return StepResult({}, batch, gradients, parameters_of(engine), {**batch.metrics, **metrics})
+
+
+def run_step_both_ways(
+    models: Path, setting: Setting, samples: list[Sample], workers: Workers
+) -> tuple[StepResult, StepResult]:
+    """A step in two passes, and the same in one with that step's statistics for those of the batch before (lr=0)."""
+    two = run_step(models, setting, samples, workers)
+    before = Statistics.of_metrics(two.batch.metrics)
+    return two, run_one_pass_step(models, replace(setting, before=before), samples, workers)
 
 
 def _make_workers_of(setting: Setting):

@@ -33,12 +33,16 @@ def make_megatron_workers(models, setting: MegatronSetting) -> Workers:
     from verl.workers.engine_workers import TrainingWorker
     from verl.workers.utils.losses import ppo_loss
 
+    from verl_patches.lora_reference import AdaptersOff
     from verl_patches.policy_loss_config import VimpoPolicyLossConfig
     from verl_patches.worker import VimpoTrainingWorker
 
     actor = make_megatron_worker(VimpoTrainingWorker, models / "policy", setting, forward_only=False)
-    ref_path = models / ("policy" if setting.equal_models else "ref")
-    ref = make_megatron_worker(TrainingWorker, ref_path, setting, forward_only=True)
+    if setting.lora_rank:
+        ref = AdaptersOff(actor)
+    else:
+        ref_path = models / ("policy" if setting.equal_models else "ref")
+        ref = make_megatron_worker(TrainingWorker, ref_path, setting, forward_only=True)
     actor_config = McoreActorConfig(
         strategy="megatron",
         rollout_n=2,
@@ -129,6 +133,7 @@ def make_megatron_worker(worker_cls, path, setting: MegatronSetting, forward_onl
         load_tokenizer=False,
         use_remove_padding=setting.use_remove_padding,
         use_fused_kernels=setting.use_fused_kernels,
+        lora={"rank": setting.lora_rank, "alpha": 2 * setting.lora_rank} if setting.lora_rank else {},
     )
     object.__setattr__(model, "tokenizer", type("Tokenizer", (), {"pad_token_id": 1}))
     if setting.adam_eps is None:

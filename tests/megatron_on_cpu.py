@@ -2,7 +2,8 @@
 
 `install()` in a process of its own, before verl's Megatron engine is imported. What it stands in for: calls of torch.cuda,
 tensors on the device "cuda", and the attention kernel, by an attention over packed sequences and context-parallel slices. All
-else is Megatron Core's and mbridge's: layers, parallel regions, pipelines, schedules, gradients, optimiser, weights.
+else is Megatron Core's, mbridge's and Megatron-Bridge's: layers, parallel regions, pipelines, schedules, gradients, optimiser,
+weights, adapters. To move a tensor between the two devices is to copy it, so that verl can give back what it offloads.
 """
 
 import contextlib
@@ -95,16 +96,17 @@ def _layers() -> None:
     """mbridge asks for Transformer Engine's layers."""
     import mbridge.core.llm_bridge as llm_bridge
 
-    llm_bridge.get_gpt_decoder_block_spec = lambda config, use_transformer_engine, **settings: layers_of(config, **settings)
+    def block_spec(config, use_transformer_engine, vp_stage=None):  # mbridge looks whether it takes a vp_stage
+        return layers_of(config, vp_stage)
+
+    llm_bridge.get_gpt_decoder_block_spec = block_spec
 
 
-def layers_of(config, vp_stage=None, **settings):
+def layers_of(config, vp_stage=None):
     """What Transformer Engine has layers for: Megatron Core has its own of each but the norms and the packed attention."""
     from megatron.core.models.gpt import gpt_layer_specs
 
-    spec = gpt_layer_specs.get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, vp_stage=vp_stage, **settings
-    )
+    spec = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage)
     spec.layer_norm = Norm
     for layer in spec.layer_specs:
         attention = layer.submodules.self_attention.submodules
@@ -202,6 +204,18 @@ def _megatron_bridge() -> None:
         )
 
     Qwen3Bridge.mapping_registry = with_norms
+    _adapters()
+
+
+def _adapters() -> None:
+    """What verl 0.9.1 asks of a Megatron-Bridge newer than the index has, by functions; the adapters are 0.3.1's own."""
+    from megatron.bridge.peft import utils
+    from megatron.bridge.peft.lora import LoRA
+
+    utils.create_peft = lambda settings, dtype: LoRA(dim=settings["rank"], alpha=settings["alpha"])
+    utils.create_peft_hook = lambda adapters, training: lambda model: adapters(model, training=training)
+    utils.HAVE_TE = False
+    utils.load_peft_adapter_checkpoint = None  # imported whether there is one to load or not
 
 
 def _fused_kernel() -> None:

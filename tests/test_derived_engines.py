@@ -15,9 +15,10 @@ import fsdp_turbo_stand_in
 import pytest
 import torch
 import veomni_on_cpu
-from engine_harness import Setting, make_workers, run_on_ranks, run_step
+from engine_harness import Setting, make_workers, run_on_ranks, run_step, run_step_both_ways
 from engine_samples import make_samples
 from test_engine import assert_gradients_close, assert_step_agrees
+from test_one_pass import assert_same_gradients
 from verl.workers.engine import FSDPEngineWithLMHead, FSDPTurboEngineWithLMHead
 
 # What joint pass, update and worker call on an engine, or count on being called by it.
@@ -45,6 +46,17 @@ def test_a_step_on_verls_part_of_fsdp_turbo_agrees_with_the_formula(models, monk
     assert_gradients_close(result.parameters, expected["parameters"])
 
 
+@pytest.mark.parametrize("use_remove_padding", [True, False])
+def test_the_update_in_one_pass_on_verls_part_of_fsdp_turbo_is_that_of_two(models, monkeypatch, use_remove_padding):
+    fsdp_turbo_stand_in.install(monkeypatch)
+    setting = Setting(strategy="fsdp_turbo", use_remove_padding=use_remove_padding)
+    workers = make_workers(models, setting)
+    for worker in (workers.actor, workers.ref):
+        worker.engine._autocast_dtype = torch.float32
+    two, one = run_step_both_ways(models, setting, make_samples(), workers)
+    assert_same_gradients(one.gradients, two.gradients)
+
+
 # name -> (setting, parameters and optimizer offloaded)
 VEOMNI = {
     "plain": (Setting(), False),
@@ -61,7 +73,8 @@ def veomni_steps(models, moe_models):
         pytest.skip(f"VeOmni is not in {veomni_on_cpu.FOLDER}: bash tests/run.sh --setup puts it there")
     cases = {name: (models, *case) for name, case in VEOMNI.items()} | {"moe": (moe_models, Setting(), False)}
     results = run_on_ranks(2, veomni_on_cpu.steps_on_rank, list(cases.values()), make_samples())[0]
-    return dict(zip(cases, results, strict=True))
+    steps = {name: two for name, (two, _) in zip(cases, results, strict=True)}
+    return steps | {f"{name}, one pass": one for name, (_, one) in zip(cases, results, strict=True)}
 
 
 @pytest.mark.parametrize("case", [name for name in VEOMNI if "bfloat16" not in name])
@@ -71,6 +84,12 @@ def test_a_step_on_veomni_agrees_with_the_formula(models, veomni_steps, case):
 
 def test_a_step_of_a_mixture_of_experts_on_veomni_agrees_with_the_formula(moe_models, veomni_steps):
     assert_step_agrees(veomni_steps["moe"], engine_formula.step(moe_models, make_samples()))
+
+
+@pytest.mark.parametrize("case", [name for name in VEOMNI if "bfloat16" not in name])
+def test_the_update_in_one_pass_on_veomni_is_that_of_two(veomni_steps, case):
+    """Given the step's own statistics."""
+    assert_same_gradients(veomni_steps[f"{case}, one pass"].gradients, veomni_steps[case].gradients)
 
 
 def test_equal_weights_on_veomni_give_exactly_zero_in_bfloat16(veomni_steps):

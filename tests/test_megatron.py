@@ -1,12 +1,13 @@
 """Claim: on verl's real Megatron engine a step of VIMPO is the one on verl's FSDP engine, however Megatron splits the work.
 
-With the same weights, through mbridge: old log-probs, entropy, reference log-probs and exact KL of every response token,
-gradients before clipping, parameters after two updates, logged losses. Tensor, sequence, pipeline (also interleaved), context,
-expert and data parallelism, packed and padded, dynamic batches, the fused head, kappa_policy=current, sampled KLs, the
-distributed optimiser, offload. The FSDP engine's step is that of the formula (test_engine.py).
+With the same weights, through mbridge or Megatron-Bridge: old log-probs, entropy, reference log-probs and exact KL of every
+response token, gradients before clipping, parameters after two updates, logged losses. Tensor, sequence, pipeline (also
+interleaved), context, expert and data parallelism, packed and padded, dynamic batches, the fused head, kappa_policy=current,
+sampled KLs, the distributed optimiser, offload. The FSDP engine's step is that of the formula (test_engine.py). With LoRA of
+Megatron-Bridge: the joint pass is verl's own two passes.
 
 On gloo ranks of this machine, with what megatron_on_cpu.py stands in for. Not covered: Transformer Engine, verl's fused kernel
-itself, NCCL, GPUs, Megatron-Bridge and its adapters, grouped kernels of experts.
+itself, NCCL, GPUs, grouped kernels of experts, adapters that are loaded.
 """
 
 from dataclasses import replace
@@ -14,7 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_harness import Setting, gather_rows, joint_pass, make_models, run_on_ranks, run_step
-from engine_samples import make_samples
+from engine_samples import make_samples, response_part, to_tensordict
 from megatron_harness import MegatronSetting, make_megatron_workers
 from megatron_on_cpu import FOLDER
 
@@ -58,6 +59,23 @@ LAYOUTS = {
     "data parallel, distributed optimiser": ({"distributed_optimizer": True}, ADAM),
     "tensor parallel, offloaded": ({"tensor_parallel": 2, "distributed_optimizer": True, "engine": OFFLOADED}, ADAM),
     "pipeline, offloaded": ({"pipeline_parallel": 2, "distributed_optimizer": True, "engine": OFFLOADED}, ADAM),
+}
+
+
+# Through Megatron-Bridge, which verl takes unless it is told to take mbridge. The same steps.
+BRIDGE = {"megatron_bridge": True}
+LAYOUTS |= {
+    "Megatron-Bridge, tensor parallel": ({**BRIDGE, "tensor_parallel": 2}, {}),
+    "Megatron-Bridge, pipeline, fused head": ({**BRIDGE, "pipeline_parallel": 2, "use_fused_kernels": True}, {}),
+    "Megatron-Bridge, offloaded": (
+        {**BRIDGE, "tensor_parallel": 2, "distributed_optimizer": True, "engine": OFFLOADED},
+        ADAM,
+    ),
+}
+# With its LoRA: the reference is the policy without its adapters.
+LORA = {
+    "LoRA, tensor parallel": {**BRIDGE, "tensor_parallel": 2},
+    "LoRA, pipeline, fused head": {**BRIDGE, "pipeline_parallel": 2, "use_fused_kernels": True},
 }
 
 
@@ -105,7 +123,9 @@ def megatron_steps(rank, cases):
             setting = replace(setting, routes=dict(zip(even_samples(), given, strict=True)))
         workers = make_megatron_workers(models, setting)
         require_offloaded(workers.actor.engine)
-        if setting.equal_models:
+        if setting.lora_rank:
+            results.append(steps_with_adapters(workers, models, setting))
+        elif setting.equal_models:
             results.append(gather_rows(joint_pass(workers, even_samples(), setting)))
         else:
             results.append(run_step(models, setting, even_samples(), workers))
@@ -113,6 +133,23 @@ def megatron_steps(rank, cases):
             routes = routes or results[-1].per_token.get("routed_experts")
         megatron_on_cpu.forget_groups()
     return results
+
+
+def steps_with_adapters(workers, models, setting) -> dict:
+    """Two steps, a joint pass after them, and verl's own two passes there."""
+    samples = even_samples()
+    steps = [run_step(models, setting, samples, workers) for _ in range(2)]
+    verls = {}
+    for name, adapters_off in (("log_probs", False), ("ref_log_probs", True)):
+        data = to_tensordict(
+            samples, temperature=1.0, calculate_entropy=False, compute_loss=False, no_lora_adapter=adapters_off
+        )
+        output = workers.actor.infer_batch(data)
+        if output is not None:
+            verls[name] = response_part(output["log_probs"].unbind(), samples)
+    trained = {name for m in workers.actor.engine.module for name, p in m.named_parameters() if p.requires_grad}
+    joint = gather_rows(joint_pass(workers, samples, setting))
+    return {"steps": steps, "joint": joint, "verls": gather_rows(verls), "trained": trained}
 
 
 def require_offloaded(engine):
@@ -151,8 +188,11 @@ def found(four_layers, moe_models):
         cases.append((moe_models, MegatronSetting(**once, **layout, routes={} if "given" in name else None)))
     cases.append((moe_models, MegatronSetting(**once, **given, routes={"others": True})))
     cases += [(four_layers, MegatronSetting(equal_models=True, dtype="bf16", **layout)) for layout in EQUAL.values()]
+    cases += [
+        (four_layers, MegatronSetting(**{**STEP, "lr": 1.0, "lora_rank": 4, **layout})) for layout in LORA.values()
+    ]
     by_rank = run_on_ranks(2, megatron_steps, cases)
-    names = [*LAYOUTS, *EXPERTS, *REPLAY, "other routes", *(f"{name}, equal weights" for name in EQUAL)]
+    names = [*LAYOUTS, *EXPERTS, *REPLAY, "other routes", *(f"{name}, equal weights" for name in EQUAL), *LORA]
     return {name: [results[i] for results in by_rank] for i, name in enumerate(names)}
 
 
@@ -212,6 +252,20 @@ def is_scattered(layout) -> bool:
     """Whether each rank has the sum over all ranks for its part of the gradients alone, as the distributed optimiser wants it."""
     split = layout.get("tensor_parallel", 1) * layout.get("pipeline_parallel", 1)
     return layout.get("distributed_optimizer", False) and split == 1
+
+
+@pytest.mark.parametrize("layout", LORA)
+def test_with_lora_the_reference_is_the_policy_without_its_adapters(found, layout):
+    """Megatron-Bridge's adapters: kl is 0 while they are fresh; then the policy moves, and the reference does not."""
+    for rank in found[layout]:
+        (first, second), joint = rank["steps"], rank["joint"]
+        assert rank["trained"] and all(".adapter." in name for name in rank["trained"])
+        assert not torch.cat(first.per_token["token_kl"]).any()
+        assert torch.cat(joint["token_kl"]).mean() > 0.1
+        for name in ("log_probs", "ref_log_probs"):
+            assert_close(torch.cat(joint[name]), torch.cat(rank["verls"][name]))
+        for step in (first, second):
+            assert_close(torch.cat(step.per_token["ref_log_probs"]), torch.cat(joint["ref_log_probs"]))
 
 
 def assert_same_step(found, expected, gradients=True):

@@ -67,6 +67,7 @@ def test_how_stale_the_samples_are_is_logged(models, monkeypatch):
     """In cycle 7 the old policy, and so kappa's, is version 6; responses of versions 3 to 5, one begun at 2."""
     config = make_config(models / "policy", *OVERRIDES, *IN_ONE_PROCESS, "data.train_batch_size=8")
     trainer, queue = make_trainer(config, monkeypatch)
+    trainer.local_trigger_step = 0
     metrics, versions = run_trainer_step(trainer, queue, make_samples()), [3, 4, 5, 5, 3, 4, 5, 5]
     for i, (key, version) in enumerate(zip(queue.rows, versions, strict=True)):
         queue.tags[key] |= {"min_global_steps": version - (i == 0), "max_global_steps": version}

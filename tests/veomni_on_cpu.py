@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from engine_harness import Setting, StepResult, Workers, knobs_of, run_step
+from engine_harness import Setting, StepResult, Workers, knobs_of, run_step_both_ways
 
 FOLDER = Path(__file__).parent.parent / ".venv" / "veomni"
 
@@ -120,8 +120,10 @@ def make_workers(models: Path, setting: Setting, offload: bool, make=make_worker
     return Workers(actor, ref)
 
 
-def steps_on_rank(rank: int, cases: list[tuple[Path, Setting, bool]], samples: list) -> list[StepResult]:
-    """A step for each (models, setting, offload) of `cases`, one after the other, in this rank's process.
+def steps_on_rank(
+    rank: int, cases: list[tuple[Path, Setting, bool]], samples: list
+) -> list[tuple[StepResult, StepResult]]:
+    """For each (models, setting, offload) of `cases`, in this rank's process: a step in two passes, and in one.
 
     A setting with dtype="fp32" is computed in float32, one with "bf16" as verl configures VeOmni.
     """
@@ -131,7 +133,7 @@ def steps_on_rank(rank: int, cases: list[tuple[Path, Setting, bool]], samples: l
         if setting.dtype == "fp32":
             with _in_float32(implementation, make_worker) as make:
                 workers = make_workers(models, setting, offload, make)
-                results.append(run_step(models, setting, samples, workers))
+                results.append(run_step_both_ways(models, setting, samples, workers))
         else:
-            results.append(run_step(models, setting, samples, make_workers(models, setting, offload)))
+            results.append(run_step_both_ways(models, setting, samples, make_workers(models, setting, offload)))
     return results

@@ -69,7 +69,7 @@ def problems(config: Any, knobs: VimpoConfig) -> list[str]:
 
 
 def warnings(config: Any) -> Iterator[str]:
-    """What a step of one pass means where it has several updates, which `bypass_mode` alone can bring. `config` as for `decide`."""
+    """What one pass means where a batch has several updates, which `bypass_mode` alone can bring. `config` as for `decide`."""
     actor = config.actor_rollout_ref.actor
     updates = config.data.train_batch_size / actor.ppo_mini_batch_size
     if bypasses_old_log_probs(config) and (updates > 1 or actor.ppo_epochs > 1):

@@ -132,7 +132,9 @@ def _backing(recipes: list[dict]) -> list[str]:
         "| --- | --- | --- | --- | --- |",
     ]
     for path in backing.PATHS:
-        plain, others = ([r for r in recipes if accepted(r) and r["plain"] == kind and path.has(r)] for kind in (True, False))
+        plain, others = (
+            [r for r in recipes if accepted(r) and r["plain"] == kind and path.has(r)] for kind in (True, False)
+        )
         if plain or others:
             tests = ", ".join(f"`{test}`" for test in path.tests)
             seen = "; ".join(text for text in (tests, path.remark) if text)
