@@ -14,7 +14,8 @@
 #     GRPO     0.54   0.64   0.74   0.81     0.26 (two seeds of three end at 0)
 #     VIMPO    0.54   0.69   0.79   0.83     0.82
 #
-# VIMPO there is its value loss with beta 0.05. 1e-3 is a rate at which every seed of both goes well, with room above.
+# VIMPO there is its value loss with beta 0.05. 1e-3 is a rate at which every seed of both goes well, with room above. Several seeds of
+# whole runs, also with noise in the rewards: README.md.
 
 set -euo pipefail
 

@@ -137,6 +137,45 @@ def test_presets_are_what_they_are_called(python_stub):
     assert ranks == {"1gpu": 0, "8gpu": 0, "multinode": 0, "lora": 32}
 
 
+REUSE = {
+    "actor_rollout_ref.actor.ppo_mini_batch_size": 96,  # the whole batch
+    "actor_rollout_ref.actor.ppo_epochs": 4,
+    "actor_rollout_ref.actor.optim.lr": 3e-7,
+}
+
+
+@pytest.mark.parametrize("preset", ["8gpu", "lora"])
+@pytest.mark.parametrize("algo", [*ALGORITHMS, "pacs", "v05"])
+def test_reuse_changes_updates_and_rate_of_a_preset(python_stub, preset, algo):
+    """And for VIMPO the form of the loss: this package's defaults, the value loss alone."""
+    from vimpo_verl.config import PAPER_RECIPE
+
+    once, reuse = (flat(config_of(python_stub, ALGO=algo, PRESET=name)) for name in (preset, f"{preset} reuse"))
+    wanted = REUSE | ({"actor_rollout_ref.actor.optim.lr": 3e-6} if preset == "lora" else {})
+    assert {key: reuse[key] for key in REUSE} == wanted
+    absent = object()
+    different = {key for key in once.keys() | reuse.keys() if once.get(key, absent) != reuse.get(key, absent)}
+    different = {key for key in different if not key.startswith("critic.")}  # which follows the actor, and is not there
+    knobs = {f"algorithm.vimpo.{knob}" for knob in (*PAPER_RECIPE, "use_actor")} if algo == "vimpo" else set()
+    assert different - {*REUSE} == knobs
+    assert {key: reuse[key] for key in knobs if key in reuse} == ({"algorithm.vimpo.use_actor": False} if knobs else {})
+
+
+def test_reuse_is_accepted_alone_or_beside_a_machine(python_stub):
+    """Alone it is 8gpu's; a run with it has a folder of its own; PPO_EPOCHS and LR win."""
+    import verl.trainer.main_ppo  # noqa: F401  loads the plugin and what it wraps
+
+    from verl_patches import recipe_checks
+
+    alone, beside = (config_of(python_stub, ALGO="vimpo", PRESET=preset) for preset in ("reuse", "reuse 8gpu"))
+    assert flat(alone) == flat(beside) and recipe_checks.problems(alone) == []
+    show_config.check(alone)
+    _, arguments = run(python_stub, DRY_RUN="1", PRESET="reuse")
+    assert any("/vimpo-Qwen3-4B-Base-8gpu-reuse-seed1/" in argument for argument in arguments)
+    given = flat(config_of(python_stub, PRESET="reuse", PPO_EPOCHS="2", LR="5e-7"))
+    assert [given[key] for key in REUSE] == [96, 2, 5e-7]
+
+
 def test_variables_win_over_presets_and_overrides_over_both(python_stub):
     config = config_of(
         python_stub, "data.train_batch_size=48", PRESET="1gpu", MODEL="some/model", GPUS="2", PROMPTS="64"
@@ -169,7 +208,11 @@ def test_runs_of_different_settings_have_different_folders(python_stub):
     ("settings", "message"),
     [
         ({"ALGO": "ppo"}, "ALGO must be grpo, vimpo, pacs or v05, not 'ppo'"),
-        ({"PRESET": "16gpu"}, "PRESET must be 1gpu, 8gpu, multinode or lora, not '16gpu'"),
+        ({"PRESET": "16gpu"}, "PRESET must be 1gpu, 8gpu, multinode or lora, with reuse or without, not '16gpu'"),
+        (
+            {"PRESET": "1gpu 8gpu"},
+            "PRESET must be 1gpu, 8gpu, multinode or lora, with reuse or without, not '1gpu 8gpu'",
+        ),
         ({"PRESET": "1gpu", "RESPONSE_LENGTH": "8192"}, "MAX_TOKENS=8192 cannot hold one sequence"),
         ({}, "data/guru_math.parquet: make it with examples/math/prepare_data.py"),
     ],
@@ -181,7 +224,7 @@ def test_wrong_settings_are_refused_before_anything_starts(python_stub, settings
     assert not (python_stub.parent / "out").exists()
 
 
-WHOLE_NUMBERS = ["PROMPTS", "RESPONSES", "PROMPT_LENGTH", "RESPONSE_LENGTH", "EPOCHS"]
+WHOLE_NUMBERS = ["PROMPTS", "PPO_EPOCHS", "RESPONSES", "PROMPT_LENGTH", "RESPONSE_LENGTH", "EPOCHS"]
 WHOLE_NUMBERS += ["VAL_RESPONSES", "NNODES", "GPUS", "MAX_TOKENS", "ROLLOUT_TP"]
 IMPOSSIBLE = [
     ("LR", "abc", "LR must be a number above 0, not 'abc'"),

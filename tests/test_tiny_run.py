@@ -8,6 +8,9 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from verl_patches import recipe_checks
+from vimpo_verl.config import parse_config
+
 ROOT = Path(__file__).parent.parent
 RUN_TINY = ROOT / "examples/tiny/run_tiny.sh"
 
@@ -68,6 +71,49 @@ def test_micro_batch_divides_a_small_batch(python_stub, tmp_path, prompts, micro
 def test_an_unknown_algorithm_is_refused():
     done = subprocess.run(["bash", str(RUN_TINY)], env={**os.environ, "ALGO": "ppo"}, capture_output=True, text=True)
     assert done.returncode == 2 and "ALGO must be grpo, vimpo, pacs or v05, not 'ppo'" in done.stderr
+
+
+def test_an_unknown_preset_is_refused():
+    env = {**os.environ, "ALGO": "vimpo", "PRESET": "paper"}
+    done = subprocess.run(["bash", str(RUN_TINY)], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "PRESET must be empty or reuse, not 'paper'" in done.stderr
+
+
+UPDATES = {  # verl's keys that decide how often, and how far, a batch moves the policy
+    "mini-batch": "actor_rollout_ref.actor.ppo_mini_batch_size",
+    "epochs": "actor_rollout_ref.actor.ppo_epochs",
+    "rate": "actor_rollout_ref.actor.optim.lr",
+}
+
+
+@pytest.mark.parametrize("algo", ["grpo", "vimpo", "pacs", "v05"])
+def test_reuse_is_four_updates_on_each_whole_batch_at_a_lower_rate(python_stub, tmp_path, algo):
+    """And nothing else, but for VIMPO's form of the loss; the driver's checks take it."""
+    once, reuse = (
+        resolved(overrides(python_stub, tmp_path / "run", ALGO=algo, PRESET=preset)) for preset in ("", "reuse")
+    )
+    assert {name: reuse[key] for name, key in UPDATES.items()} == {"mini-batch": 32, "epochs": 4, "rate": 3e-4}
+    mini_batch = 16 if algo == "pacs" else 32  # with one update PACS is RLOO
+    assert {name: once[key] for name, key in UPDATES.items()} == {"mini-batch": mini_batch, "epochs": 1, "rate": 1e-3}
+    different = {key for key in once.keys() | reuse.keys() if once.get(key) != reuse.get(key)} - {*UPDATES.values()}
+    different = {key for key in different if not key.startswith("critic.")}  # which follows the actor, and is not there
+    assert different == ({"algorithm.vimpo.use_actor"} if algo == "vimpo" else set())
+
+
+def test_reuse_is_accepted_and_is_the_clipped_value_loss_alone(python_stub, tmp_path):
+    given = overrides(python_stub, tmp_path / "run", ALGO="vimpo", PRESET="reuse")
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=[o for o in given if not o.startswith(("hydra.", "+ray_kwargs"))])
+    assert recipe_checks.problems(config) == []
+    knobs, problems = parse_config(OmegaConf.to_container(config.algorithm.vimpo))
+    assert problems == [] and not knobs.use_actor
+    assert (knobs.beta, knobs.beta_scale, knobs.value_clip, knobs.kappa_policy) == ("auto", 0.5, 0.2, "old")
+
+
+def test_variables_win_over_reuse(python_stub, tmp_path):
+    settings = {"ALGO": "grpo", "PRESET": "reuse", "LR": "7e-4", "PPO_EPOCHS": "2", "UPDATES": "2"}
+    config = resolved(overrides(python_stub, tmp_path / "run", **settings))
+    assert {name: config[key] for name, key in UPDATES.items()} == {"mini-batch": 16, "epochs": 2, "rate": 7e-4}
 
 
 JOINED = {"ALGO": "vimpo", "RAY_ADDRESS": "10.0.0.1:11000", "NNODES": "2", "GPUS": "4"}

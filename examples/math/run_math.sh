@@ -4,16 +4,18 @@
 #   ALGO=vimpo PRESET=8gpu examples/math/run_math.sh
 #   ALGO=grpo  PRESET=8gpu examples/math/run_math.sh
 #   ALGO=vimpo PRESET=1gpu MODEL=Qwen/Qwen3-1.7B-Base examples/math/run_math.sh algorithm.vimpo.beta=auto
+#   ALGO=vimpo PRESET="8gpu reuse" examples/math/run_math.sh              # four updates on each batch
 #   DRY_RUN=1 ALGO=vimpo PRESET=multinode examples/math/run_math.sh       # checks and prints the configuration, starts nothing
 #
 # The algorithms differ in keys under `algorithm.` only, and in UPDATES. Everything after the script's name goes to verl as Hydra overrides,
-# after the settings below, so it wins. A preset sets the model and the machine, not the recipe; variables win over presets.
+# after the settings below, so it wins. A preset sets the model and the machine, not the recipe, but for `reuse`, which is about the updates
+# and goes with each of them; variables win over presets.
 
 set -euo pipefail
 
 #################### settings of the user, by environment variable ####################
 ALGO=${ALGO:-vimpo}                     # grpo, vimpo, pacs or v05
-PRESET=${PRESET:-8gpu}                  # 1gpu, 8gpu, multinode or lora: the table below
+PRESET=${PRESET:-8gpu}                  # 1gpu, 8gpu, multinode or lora: the table below; and reuse, beside one of them (alone: 8gpu)
 DRY_RUN=${DRY_RUN:-0}                   # 1: check and print the resolved configuration, start nothing
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(cd "$HERE/../.." && pwd)
@@ -26,7 +28,8 @@ REWARD_NOISE=${REWARD_NOISE:-0}         # probability of flipping a group's rewa
 
 # The paper's recipe
 PROMPTS=${PROMPTS:-96}                  # prompts a step
-UPDATES=${UPDATES:-}                    # mini-batches a step; empty: 1, strictly on-policy, or 4 for pacs, which is RLOO with one
+UPDATES=${UPDATES:-}                    # mini-batches a step; empty: 1, strictly on-policy, or 4 for pacs, which is RLOO with one update
+PPO_EPOCHS=${PPO_EPOCHS:-}              # times that a step goes through its mini-batches; empty: 1, or 4 with reuse
 RESPONSES=${RESPONSES:-8}               # responses a prompt
 PROMPT_LENGTH=${PROMPT_LENGTH:-2048}
 RESPONSE_LENGTH=${RESPONSE_LENGTH:-4096}
@@ -41,7 +44,17 @@ LOGGER=${LOGGER:-'[console,file,tensorboard]'}
 
 # ------------------------------------------------------------------ presets: model and machine
 default() { [[ -n ${!1:-} ]] || printf -v "$1" '%s' "$2"; }
-case $PRESET in
+MACHINE="" REUSE=0
+for word in $PRESET; do
+    if [[ $word == reuse ]]; then REUSE=1; else MACHINE+=${MACHINE:+ }$word; fi
+done
+MACHINE=${MACHINE:-8gpu}
+if ((REUSE)); then                      # after docs/study.md: four updates on each batch, at 0.3 of the rate of one
+    default PPO_EPOCHS 4
+    default UPDATES 1                   # the whole batch
+    if [[ $MACHINE == lora ]]; then default LR 3e-6; else default LR 3e-7; fi
+fi
+case $MACHINE in
     1gpu)                               # one GPU, 0.6B to 1.7B
         default MODEL Qwen/Qwen3-0.6B-Base
         default NNODES 1; default GPUS 1; default MAX_TOKENS 8192 ;;
@@ -59,13 +72,14 @@ case $PRESET in
         default MODEL none; default NNODES 1; default GPUS 1; default MAX_TOKENS 999999999 ;;
 esac
 default LR 1e-6
+default PPO_EPOCHS 1
 if [[ $ALGO == pacs ]]; then default UPDATES 4; else default UPDATES 1; fi
 default LORA_RANK 0
 default ROLLOUT_TP 1                    # tensor parallelism of a vLLM replica
 default GPU_MEMORY 0.5                  # of a GPU, for vLLM while it generates
 default OFFLOAD False                   # parameters and optimizer to CPU memory while vLLM generates
 noise=$([[ $REWARD_NOISE == 0 ]] || echo "-noise$REWARD_NOISE")
-default NAME "$ALGO-$(basename "$MODEL")-$PRESET$noise-seed$SEED"
+default NAME "$ALGO-$(basename "$MODEL")-$MACHINE$( ((!REUSE)) || echo -reuse)$noise-seed$SEED"
 default OUT "$ROOT/outputs/math/$NAME"  # checkpoints, metrics, TensorBoard; a second start with it resumes
 
 # Absolute, because Ray starts verl's processes in other folders and on other nodes.
@@ -88,10 +102,11 @@ want_at_most_one() {
 are_whole() { local setting; for setting in "$@"; do is "$setting" "$WHOLE" || return 1; done; }
 
 want ALGO 'grpo|vimpo|pacs|v05' "grpo, vimpo, pacs or v05"
-want PRESET '1gpu|8gpu|multinode|lora' "1gpu, 8gpu, multinode or lora"
+is MACHINE '1gpu|8gpu|multinode|lora' ||
+    PROBLEMS+=("PRESET must be 1gpu, 8gpu, multinode or lora, with reuse or without, not '$PRESET'")
 want DRY_RUN '0|1' "0 or 1"
 want OFFLOAD 'True|False' "True or False"
-for setting in PROMPTS UPDATES RESPONSES PROMPT_LENGTH RESPONSE_LENGTH EPOCHS VAL_RESPONSES NNODES GPUS MAX_TOKENS ROLLOUT_TP; do
+for setting in PROMPTS UPDATES PPO_EPOCHS RESPONSES PROMPT_LENGTH RESPONSE_LENGTH EPOCHS VAL_RESPONSES NNODES GPUS MAX_TOKENS ROLLOUT_TP; do
     want "$setting" "$WHOLE" "a whole number above 0"
 done
 for setting in STEPS KEEP; do want "$setting" "$WHOLE|null" "a whole number above 0, or null"; done
@@ -112,7 +127,7 @@ fi
 if are_whole ROLLOUT_TP NNODES GPUS && ((NNODES * GPUS % ROLLOUT_TP)); then
     PROBLEMS+=("ROLLOUT_TP=$ROLLOUT_TP must divide the GPUs, NNODES * GPUS = $((NNODES * GPUS))")
 fi
-if [[ $PRESET == lora && $LORA_RANK == 0 ]]; then
+if [[ $MACHINE == lora && $LORA_RANK == 0 ]]; then
     PROBLEMS+=("LORA_RANK must be above 0 with PRESET=lora: without adapters it is PRESET=1gpu")
 fi
 if [[ $DRY_RUN == 0 ]]; then
@@ -170,6 +185,7 @@ ACTOR=(
     actor_rollout_ref.actor.strategy=fsdp2
     actor_rollout_ref.actor.optim.lr="$LR"
     actor_rollout_ref.actor.ppo_mini_batch_size=$((PROMPTS / UPDATES))
+    actor_rollout_ref.actor.ppo_epochs="$PPO_EPOCHS"
     actor_rollout_ref.actor.use_dynamic_bsz=True
     actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$MAX_TOKENS"
     actor_rollout_ref.actor.clip_ratio_low=0.2
@@ -198,8 +214,9 @@ REWARD=(
     reward.custom_reward_function.path=pkg://vimpo_verl.rewards.math
     reward.custom_reward_function.name=compute_score
 )
-case $ALGO in
-    vimpo)
+case $ALGO-$REUSE in
+    vimpo-1) ALGORITHM=(algorithm.adv_estimator=vimpo +algorithm.vimpo.use_actor=false) ;;  # the value loss alone, with its value_clip
+    vimpo-0)
         ALGORITHM=(
             algorithm.adv_estimator=vimpo
             +algorithm.vimpo.beta=5e-4 +algorithm.vimpo.actor_coeff=5e-3 +algorithm.vimpo.actor_trust=false

@@ -108,6 +108,7 @@ def main() -> None:
     print(
         f"\nReward start and end: mean over the first and last {ENDS} steps. Validation: 256 held-out prompts, sampled."
         "\nkl: exact KL to the reference per token; GRPO without a KL term has no reference, so none is measured."
+        "\nOne seed a side shows that both learn, not which is better: README.md has several."
     )
     plot(runs, args.png)
     print(f"Curves: {args.png.resolve()}")

@@ -4,6 +4,7 @@
 #   ALGO=grpo examples/tiny/run_tiny.sh
 #   ALGO=vimpo examples/tiny/run_tiny.sh algorithm.lam=0.95 +algorithm.vimpo.beta=1e-3
 #   ALGO=pacs examples/tiny/run_tiny.sh +algorithm.pacs.class_weight=off
+#   PRESET=reuse ALGO=vimpo STEPS=20 examples/tiny/run_tiny.sh      # four updates on each batch: the study's 20 batches
 #
 #   RUN=examples/tiny/run_tiny.sh GPUS=1 sbatch --nodes=2 --gpus-per-node=0 --cpus-per-task=16 examples/slurm/train.sbatch
 #
@@ -17,11 +18,13 @@ set -euo pipefail
 
 #################### settings of the user, by environment variable ####################
 ALGO=${ALGO:-vimpo}                 # grpo, vimpo, pacs or v05
+PRESET=${PRESET:-}                  # empty, or reuse: four updates on each batch, as docs/study.md has them
 STEPS=${STEPS:-30}                  # training steps
 SEED=${SEED:-1}                     # order of the prompts and sampling
-LR=${LR:-1e-3}
+LR=${LR:-}                          # empty: 1e-3, or 3e-4 with PRESET=reuse
 PROMPTS=${PROMPTS:-32}              # prompts a step
-UPDATES=${UPDATES:-}                # mini-batches a step; empty: 1, strictly on-policy, or 2 for pacs, which is RLOO with one
+UPDATES=${UPDATES:-}                # mini-batches a step; empty: 1, strictly on-policy, or 2 for pacs, which is RLOO with one update
+PPO_EPOCHS=${PPO_EPOCHS:-}          # times that a step goes through its mini-batches; empty: 1, or 4 with PRESET=reuse
 RESPONSES=${RESPONSES:-8}           # responses a prompt
 MICRO_BATCH=${MICRO_BATCH:-}        # sequences a rank takes at a time; empty: 64, or its share of the batch if less
 STRATEGY=${STRATEGY:-fsdp2}         # fsdp2 or fsdp
@@ -37,10 +40,22 @@ PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 ########################################################################################
 
 case $ALGO in
-    grpo | vimpo | v05) UPDATES=${UPDATES:-1} ;;
-    pacs) UPDATES=${UPDATES:-2} ;;
+    grpo | vimpo | pacs | v05) ;;
     *) echo "run_tiny.sh: ALGO must be grpo, vimpo, pacs or v05, not '$ALGO'" >&2; exit 2 ;;
 esac
+KNOBS=()
+case $PRESET in
+    "")
+        LR=${LR:-1e-3} PPO_EPOCHS=${PPO_EPOCHS:-1}
+        if [[ $ALGO == pacs ]]; then UPDATES=${UPDATES:-2}; fi
+        ;;
+    reuse)
+        LR=${LR:-3e-4} PPO_EPOCHS=${PPO_EPOCHS:-4}
+        if [[ $ALGO == vimpo ]]; then KNOBS+=(+algorithm.vimpo.use_actor=false); fi  # the value loss alone, with its value_clip
+        ;;
+    *) echo "run_tiny.sh: PRESET must be empty or reuse, not '$PRESET'" >&2; exit 2 ;;
+esac
+UPDATES=${UPDATES:-1}
 if ! command -v "$PYTHON" >/dev/null; then
     echo "run_tiny.sh: no $PYTHON; run examples/setup_env.sh, or set PYTHON" >&2
     exit 2
@@ -69,6 +84,7 @@ else
     unset RAY_ADDRESS                                    # whatever else runs here
     ENVIRONMENT+=(VLLM_HOST_IP=127.0.0.1 GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}")
     ENVIRONMENT+=(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0)   # despite the name: Ray stays on the loopback address
+    ENVIRONMENT+=(RAY_raylet_start_wait_time_s=300)      # Ray's 30 seconds are too few on a machine that is busy
 fi
 
 share=$((PROMPTS * RESPONSES / (UPDATES * NNODES * RANKS)))
@@ -116,6 +132,7 @@ ACTOR=(
     actor_rollout_ref.actor.optim.zero_indexed_step=False  # schedule would begin with a step at learning rate 0
     actor_rollout_ref.actor.optim.weight_decay=0.0
     actor_rollout_ref.actor.ppo_mini_batch_size=$((PROMPTS / UPDATES))
+    actor_rollout_ref.actor.ppo_epochs="$PPO_EPOCHS"
     actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu="$MICRO_BATCH"
     actor_rollout_ref.actor.use_kl_loss=False
     actor_rollout_ref.actor.entropy_coeff=0
@@ -155,6 +172,7 @@ REWARD=(
 ALGORITHM=(
     algorithm.adv_estimator="$ALGO"
     algorithm.use_kl_in_reward=False
+    "${KNOBS[@]}"
 )
 TRAINER=(
     trainer.device="$DEVICE"
