@@ -7,6 +7,7 @@ weights, adapters. To move a tensor between the two devices is to copy it, so th
 """
 
 import contextlib
+import gc
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -59,6 +60,7 @@ def forget_groups() -> None:
     from megatron.core import parallel_state as mpu
 
     mpu.destroy_model_parallel()
+    gc.collect()  # models hold on to their groups
     while _groups:
         with contextlib.suppress(ValueError):  # Megatron has destroyed it
             torch.distributed.destroy_process_group(_groups.pop())
