@@ -21,7 +21,7 @@ from megatron_on_cpu import FOLDER
 
 pytestmark = [
     pytest.mark.skipif(not FOLDER.is_dir(), reason="made by bash tests/run.sh --setup"),
-    pytest.mark.timeout(1200),  # two ranks do all steps in one go
+    pytest.mark.timeout(2400),  # two ranks do all steps in one go
 ]
 
 
