@@ -2,9 +2,10 @@
 
 Two passes: compute_batch, of log-probs and kappa. One pass: compute_targets, of rewards and mask alone. "extra tensors" is the
 largest sum of the tensors alive beyond the inputs, the three results included, over a float32 tensor [B, T]. The last row of a
-recipe is extrapolated by tokens to 1,024 prompts x 16 responses x 32,768 tokens.
+recipe is extrapolated by tokens to 1,024 prompts x 16 responses x 32,768 tokens. --clock cpu counts processor seconds, for a
+machine that others use, too.
 
-    OMP_NUM_THREADS=1 python benchmarks/driver_batch.py --json benchmarks/results/driver_batch_cpu.json
+    OMP_NUM_THREADS=1 python benchmarks/driver_batch.py --clock cpu --json benchmarks/results/driver_batch_cpu.json
 """
 
 from collections.abc import Callable
@@ -43,11 +44,11 @@ def functions(tokens: int, length: int) -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    options = arguments(__doc__.splitlines()[0], tokens=[2**20, 2**23, 2**26], length=4096, repeats=3)
+    options = arguments(__doc__.splitlines()[0], tokens=[2**20, 2**23, 2**26], length=4096, repeats=3, clock="wall")
     rows = []
     for tokens in options.tokens:
         calls = functions(tokens, options.length)
-        taken = interleaved(calls, options.repeats)
+        taken = interleaved(calls, options.repeats, options.clock)
         for recipe, call in calls.items():
             rows.append(
                 {

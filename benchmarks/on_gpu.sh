@@ -27,27 +27,34 @@ fi
 
 failed=()
 part() { # NAME SECONDS COMMAND...
-    local name=$1 seconds=$2
+    local name=$1 seconds=$2 status=0
     shift 2
     echo "== $name"
-    timeout "$seconds" "$@" || failed+=("$name")
+    timeout "$seconds" "$@" || status=$?
+    case $status in
+        0) ;;
+        124) failed+=("$name: not done within $seconds seconds") ;;
+        *) failed+=("$name: exit status $status") ;;
+    esac
 }
 
 if [[ $SMALL == 1 ]]; then
+    limit=900  # of a part; a CPU may be busy
     statistics=(--vocabulary 32000 --tokens 256 --dtype bfloat16 float32 --repeats 1 --compiled 0)
     step=(--shape tiny --vocabulary 2000 --tokens 512 --length 256 --repeats 1)
     shapes=(tiny)
 else
+    limit=120
     statistics=(--vocabulary 32000 128000 151936 256000 --tokens 8192 32768 --dtype bfloat16 float16 float32 --repeats 9 --compiled 0)
     step=(--vocabulary 151936 --tokens 4096 --length 2048 --dtype bf16 --repeats 3)
     shapes=(qwen3-0.6b qwen3-1.7b)
     part "tests" 150 "$PYTHON" -m pytest -q -p no:cacheprovider -m "not slow" \
         tests/test_triton_kernel.py tests/test_token_statistics.py tests/test_exact_kl.py
 fi
-part "token statistics" 120 "$PYTHON" benchmarks/kl_function.py "${statistics[@]}" --json "$OUT/kl_function_gpu.json"
+part "token statistics" "$limit" "$PYTHON" benchmarks/kl_function.py "${statistics[@]}" --json "$OUT/kl_function_gpu.json"
 for shape in "${shapes[@]}"; do
     for fused in 0 1; do
-        part "a step, $shape, fused $fused" 120 "$PYTHON" benchmarks/engine_step.py "${step[@]}" --shape "$shape" --fused "$fused" \
+        part "a step, $shape, fused $fused" "$limit" "$PYTHON" benchmarks/engine_step.py "${step[@]}" --shape "$shape" --fused "$fused" \
             --json "$OUT/engine_step_gpu_${shape}_fused_$fused.json"
     done
 done

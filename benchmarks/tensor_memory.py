@@ -6,11 +6,11 @@ that are still alive; what an operator allocates and frees inside itself is not 
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 
@@ -36,20 +36,15 @@ class TensorMemory(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor, new=False)  # made outside the block, unless it is known: views of it are not new
+        for tensor in _plain_tensors((args, kwargs)):
+            self._count(tensor, new=False)  # made outside the block, unless it is known: views of it are not new
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor, new=True)
+        for tensor in _plain_tensors(result):
+            self._count(tensor, new=True)
         return result
 
     def _count(self, tensor: torch.Tensor, new: bool) -> None:
-        try:
-            storage = tensor.untyped_storage()
-        except (RuntimeError, NotImplementedError):  # a subclass without storage; its parts are counted
-            return
+        storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen or not size:
             return
@@ -58,9 +53,7 @@ class TensorMemory(TorchDispatchMode):
         self.live += counted
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._forget, key, counted)
-        if not new:
-            return
-        if self.large_elements and tensor.numel() >= self.large_elements:
+        if new and self.large_elements and tensor.numel() >= self.large_elements:
             shape = tuple(tensor.shape)
             self.large[shape] = self.large.get(shape, 0) + 1
 
@@ -70,6 +63,18 @@ class TensorMemory(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.live -= size
+
+
+def _plain_tensors(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors in `tree` with a storage of their own: of a nested or a sharded one its parts, because its own says a size and
+    holds nothing."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor):
+            if is_traceable_wrapper_subclass(leaf):
+                names, _ = leaf.__tensor_flatten__()
+                yield from _plain_tensors([getattr(leaf, name) for name in names])
+            else:
+                yield leaf
 
 
 def extra_bytes(function: Callable[[], Any], device: str) -> int:

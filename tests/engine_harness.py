@@ -30,6 +30,7 @@ class Setting:
     max_token_len: int = 64
     gradient_checkpointing: bool = False
     dtype: str = "fp32"
+    ref_model_dtype: str = "fp32"  # what the reference is stored in
     sp_size: int = 1
     use_fused_kernels: bool = False
     lora_rank: int = 0
@@ -130,7 +131,7 @@ def make_worker(worker_cls, path: Path, setting: Setting, forward_only: bool):
             engine_config=FSDPEngineConfig(
                 strategy=setting.strategy,
                 forward_only=forward_only,
-                model_dtype="fp32",
+                model_dtype=setting.ref_model_dtype if forward_only else "fp32",
                 use_torch_compile=False,
                 use_orig_params=True,
                 mixed_precision={"param_dtype": setting.dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
@@ -166,6 +167,7 @@ def make_workers(models: Path, setting: Setting) -> Workers:
     from verl.workers.engine_workers import TrainingWorker
     from verl.workers.utils.losses import ppo_loss
 
+    from verl_patches import reference_precision
     from verl_patches.lora_reference import AdaptersOff
     from verl_patches.policy_loss_config import VimpoPolicyLossConfig
     from verl_patches.worker import VimpoTrainingWorker
@@ -176,6 +178,8 @@ def make_workers(models: Path, setting: Setting) -> Workers:
     else:
         ref_path = models / ("policy" if setting.equal_models else "ref")
         ref = make_worker(TrainingWorker, ref_path, setting, forward_only=True)
+        if setting.strategy in reference_precision.STRATEGIES:
+            reference_precision.take_buffers(ref.engine.module, actor.engine.module)
     actor_config = FSDPActorConfig(
         strategy=setting.strategy,
         rollout_n=2,

@@ -1,17 +1,22 @@
 """Claim: what is computed once a batch equals loops in float64, and placeholder samples count nowhere.
 
 Advantages, returns, values, c_A, and every metric; independent of the order of samples; groups of different size, empty
-responses, constant rewards.
+responses, constant rewards. Beside the three results [B, T] it takes no memory of the batch's size.
 """
 
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from vimpo_verl.batch import compute_batch, outcome_auc, outcome_correlation
+import vimpo_verl.batch as batch_module
+from vimpo_verl.batch import compute_batch, compute_targets, outcome_auc, outcome_correlation
 from vimpo_verl.config import VimpoConfig
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 LENGTH = 7
 GROUPS = ["a", "b", "a", "a", "b", "single", "constant", "constant"]
@@ -287,3 +292,27 @@ def test_shapes_that_do_not_fit_are_refused(name):
     inputs = make_inputs()
     with pytest.raises(ValueError, match=name.removeprefix("old_")):
         compute({**inputs, name: inputs[name][:5]})
+
+
+def test_no_memory_but_for_the_three_results(monkeypatch):
+    """In float32 tensors [B, T]: what is worked on at a time goes with the block, not with the batch."""
+    from tensor_memory import extra_bytes
+
+    monkeypatch.setattr(batch_module, "_TOKENS_AT_A_TIME", 2**10)
+    rows, length = 512, 256
+    one_tensor, generator = 4 * rows * length, torch.Generator().manual_seed(0)
+    log_prob, ref_log_prob, kl = (torch.rand(rows, length, generator=generator) for _ in range(3))
+    lengths = torch.randint(1, length, (rows, 1), generator=generator)
+    of_rewards = {
+        "response_mask": (torch.arange(length) < lengths).long(),
+        "outcome": torch.randint(0, 2, (rows,), generator=generator).float(),
+        "group": [row // 8 for row in range(rows)],
+    }
+    of_tokens = {"old_log_prob": log_prob, "ref_log_prob": ref_log_prob, "token_kl": kl}
+    of_switches = {"actor_coeff": "gradient", "actor_advantage": "grpo", "value_normalised": True}
+    for config in (CONFIG, replace(CONFIG, **of_switches), replace(CONFIG, beta="auto")):
+        for lam in (1.0, 0.9):
+            two = extra_bytes(lambda: compute_batch(**of_rewards, **of_tokens, config=config, lam=lam), "cpu")  # noqa: B023
+            assert 3 * one_tensor <= two < 3.2 * one_tensor
+        one = extra_bytes(lambda: compute_targets(**of_rewards, config=config, before=None), "cpu")  # noqa: B023
+        assert one_tensor <= one < 1.2 * one_tensor

@@ -1,7 +1,8 @@
 """Whole runs: `python -m verl.trainer.main_ppo` with Ray, FSDP and a real vLLM server, on the CPU, by examples/tiny/run_tiny.sh.
 
-Claimed: VIMPO trains through stock verl by the one switch; kl is exactly 0 at the first step and positive after; a run
-resumes from its checkpoint; two data-parallel ranks work; a step takes no more model forwards than GRPO with a reference;
+Claimed: VIMPO trains through stock verl by the one switch, in one pass; kl is exactly 0 at the first step and positive after; a
+run resumes from its checkpoint, the statistics of the batch before with it; two data-parallel ranks work, in two passes; a step
+takes the model forwards of GRPO without a reference, in two passes those of GRPO with one;
 a GRPO run with the package installed has the metrics of one without, bit for bit, also from a `__main__` runner, with a trainer
 derived from the registered one and with a checkpoint callback. Not claimed here: that it learns (three
 steps are too few; examples/quickstart.sh shows that) and anything about GPUs.
@@ -112,11 +113,14 @@ def test_first_step_is_half_the_mean_square_of_the_targets(vimpo_run):
     first = run.steps[1]
     assert first["vimpo/value_loss"] == pytest.approx(0.5 * first["vimpo/target_rms"] ** 2, rel=0.2)
     assert first["vimpo/actor_coeff"] == 0.0 and first["vimpo/outcome_correlation"] == 0.0
+    second, *others = (run.steps[step]["vimpo/actor_coeff"] for step in range(2, VIMPO_STEPS + 1))
+    assert second == 0.0 < max(others), "the first batch's policy is the reference: its statistics say nothing"
 
 
 def test_the_trainer_says_that_vimpo_is_in_force(vimpo_run):
     _, run = vimpo_run
     assert run.log.count("VIMPO in force on verl") == 1
+    assert "one pass a step (one update a batch)" in run.log
 
 
 def test_beta_is_that_of_the_first_batch_at_every_step(vimpo_run):
@@ -128,38 +132,42 @@ def test_beta_is_that_of_the_first_batch_at_every_step(vimpo_run):
 
 
 def test_resume_goes_on_from_the_checkpoint(vimpo_run):
-    """As the uninterrupted run did from there: the reference is again the model that the run started from, and beta the
-    number of its first batch."""
+    """As the uninterrupted run did from there: the reference is again the model that the run started from, beta the number of
+    its first batch, and what whitens step 4 and weighs its actor loss the statistics of step 3."""
     folder, uninterrupted = vimpo_run
+    kept = json.loads((folder / "checkpoints/global_step_3/vimpo_state.json").read_text())["one_pass"]
+    assert kept == {name: uninterrupted.steps[3][f"vimpo/{name}"] for name in kept} and len(kept) == 4
     checkpoint = f"trainer.resume_from_path={folder}/checkpoints/global_step_3"
     resumed = run_tiny(folder, "vimpo", VIMPO_STEPS, "trainer.resume_mode=resume_path", checkpoint, **REPRODUCIBLE)
     assert sorted(resumed.steps) == [4, 5]
     for step in (4, 5):
         expected = _results(uninterrupted.steps[step])
         assert expected.keys() >= VIMPO_METRICS and _results(resumed.steps[step]) == expected
+    assert "has no statistics of its last batch" not in resumed.log
     assert "beta=auto is beta=" not in resumed.log and f"as in the checkpoint {checkpoint.split('=')[1]}" in resumed.log
 
 
-def test_two_data_parallel_ranks_in_one_pass(tmp_path):
-    """Besides generation, a step is one forward of the reference and one of the policy, in the update, a sequence."""
-    run = run_tiny(tmp_path, "vimpo", 3, "+algorithm.vimpo.passes=one", RANKS="2")
-    assert "one pass a step (algorithm.vimpo.passes=one)" in run.log
-    once = 3 * SEQUENCES
-    assert run.forwards == {("reference", "infer"): once, ("policy", "train"): once}
+def test_two_data_parallel_ranks_in_two_passes(tmp_path, grpo_run):
+    """Besides generation, a step is the forwards of GRPO with a reference."""
+    run = run_tiny(tmp_path, "vimpo", GRPO_STEPS, "+algorithm.vimpo.passes=two", RANKS="2")
+    assert "two passes a step (algorithm.vimpo.passes=two)" in run.log
+    once = GRPO_STEPS * SEQUENCES
+    assert run.forwards == {("policy", "infer"): once, ("reference", "infer"): once, ("policy", "train"): once}
+    assert run.forwards == grpo_run.forwards
     for step in run.steps.values():
         assert step.keys() >= VIMPO_METRICS | {"actor/entropy", "critic/advantages/mean"}
         assert all(math.isfinite(value) for name, value in step.items() if name.startswith("vimpo/"))
-    assert run.steps[1]["vimpo/actor_coeff"] == run.steps[2]["vimpo/actor_coeff"] == 0.0
+    assert run.steps[1]["vimpo/actor_coeff"] == 0.0
     assert run.steps[1]["vimpo/residual_rms"] == run.steps[1]["vimpo/target_rms"] > 0
     assert run.steps[1]["vimpo/kl"] == 0.0 < run.steps[2]["vimpo/kl"]
     assert run.steps[1]["vimpo/value_loss"] == pytest.approx(0.5 * run.steps[1]["vimpo/target_rms"] ** 2, rel=0.2)
 
 
-def test_step_takes_the_forwards_of_grpo_with_a_reference(vimpo_run, grpo_run):
-    _, vimpo = vimpo_run
-    for run, steps in ((vimpo, VIMPO_STEPS), (grpo_run, GRPO_STEPS)):
-        once = steps * SEQUENCES
-        assert run.forwards == {("policy", "infer"): once, ("reference", "infer"): once, ("policy", "train"): once}
+def test_step_takes_the_forwards_of_grpo_without_a_reference(vimpo_run):
+    """Besides generation: one of the reference in the place of GRPO's old log-probs, and one of the policy, in the update."""
+    _, run = vimpo_run
+    once = VIMPO_STEPS * SEQUENCES
+    assert run.forwards == {("reference", "infer"): once, ("policy", "train"): once}
 
 
 @pytest.fixture(scope="module")

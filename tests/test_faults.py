@@ -141,9 +141,18 @@ def test_a_reward_that_is_nan(tmp_path):
 
 
 def test_logits_that_are_nan(tmp_path):
-    run = Fault(tmp_path, incident="logits:2:nan:rank-1", bound=BOUND_OF_TWO_RANKS, RANKS="2")
+    """Those of the policy, in the pass before the update."""
+    two_passes = "+algorithm.vimpo.passes=two"
+    run = Fault(tmp_path, two_passes, incident="logits:2:nan:rank-1", bound=BOUND_OF_TWO_RANKS, RANKS="2")
     run.stopped(within=SHUTDOWN)
     run.says(r"step 2: (ref_log_prob|token_kl) is nan at response token \d+ of sample \S+ on data-parallel rank 1 .*")
+    run.resumable_at(1)
+
+
+def test_logits_of_the_reference_that_are_nan_in_one_pass(tmp_path):
+    run = Fault(tmp_path, incident="joint_pass:2:nan:rank-1", bound=BOUND_OF_TWO_RANKS, RANKS="2")
+    run.stopped(within=SHUTDOWN)
+    run.says(r"step 2: ref_log_prob is nan at response token \d+ of sample number \d+ .*on rank 1 .*")
     run.resumable_at(1)
 
 

@@ -137,14 +137,16 @@ def test_the_push_is_alpha_in_every_mode(mode, full):
 
 
 @pytest.mark.parametrize("mode", sorted(KNOWN))
-def test_the_trainer_divides_by_what_the_mode_makes_of_the_batch(models, monkeypatch, mode):
-    """c_A of a second step, whose policy is the same whatever c_A the first had: that is 0."""
+@pytest.mark.parametrize("passes, steps_without", [("two", 1), ("one", 2)])
+def test_the_trainer_divides_by_what_the_mode_makes_of_the_batch(models, monkeypatch, mode, passes, steps_without):
+    """c_A of the first step that has an actor loss: the policy is the same in every mode, because c_A was 0 before."""
     samples = make_samples(tool_tokens=False)
     coefficient = {}
     for name in ("token-mean", mode):
-        config = make_config(models / "policy", f"{AGG_MODE}={name}", f"{SCALE}=12")
-        trainer, queue = make_trainer(config, monkeypatch)
-        run_trainer_step(trainer, queue, samples)
+        overrides = (f"{AGG_MODE}={name}", f"{SCALE}=12", f"+algorithm.vimpo.passes={passes}")
+        trainer, queue = make_trainer(make_config(models / "policy", *overrides), monkeypatch)
+        for _ in range(steps_without):
+            assert run_trainer_step(trainer, queue, samples)["vimpo/actor_coeff"] == 0.0
         coefficient[name] = run_trainer_step(trainer, queue, samples)["vimpo/actor_coeff"]
     tokens = sum(sum(s.mask) for s in samples)
     weight = {

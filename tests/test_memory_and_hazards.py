@@ -35,16 +35,8 @@ def update_memory(workers, data, last_dimension=None) -> TensorMemory:
     workers.actor.train_mini_batch(data[:])  # what is made once a worker is not the update's
     with TensorMemory(large_elements=30 * VOCABULARY, last_dimension=last_dimension) as memory:
         workers.actor.train_mini_batch(data[:])
-    memory.large = {shape: count for shape, count in memory.large.items() if VOCABULARY in shape}
+    memory.large = Counter({shape: count for shape, count in memory.large.items() if VOCABULARY in shape})
     return memory
-
-
-def shapes(memory: TensorMemory) -> Counter:
-    """How many tensors of each shape; the ragged dimension of a nested tensor has another name every time."""
-    counted = Counter()
-    for shape, count in memory.large.items():
-        counted[tuple(size if isinstance(size, int) else "ragged" for size in shape)] += count
-    return counted
 
 
 @pytest.fixture
@@ -102,17 +94,53 @@ def test_the_update_in_one_pass_makes_one_logits_tensor_more_than_grpos(
     data = training_data(samples, result.per_token, result.batch, setting)
     grpo_loss(workers)
     grpo = update_memory(workers, data, VOCABULARY)
-    (shape,) = (shapes(one) - shapes(grpo)).elements()
-    assert not shapes(grpo) - shapes(one) and shape[-1] == VOCABULARY
+    (shape,) = (one.large - grpo.large).elements()
+    assert not grpo.large - one.large and shape[-1] == VOCABULARY
     # Of the logits alone: the reference's activations weigh more than logits of 48 entries. And not at one time: the
     # reference's are gone when the gradients of the policy's are made.
     assert one.peak <= grpo.peak + 4 * VOCABULARY * FEW_TOKENS
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_update_in_one_pass_with_fused_kernels_makes_no_logits(
+    tied_models, small_buffers, monkeypatch, temperature
+):
+    """Beside GRPO's update with them: chunks of both models, of `_LINEAR_CHUNK_TOKENS` tokens, here of four."""
+    from transformers import Qwen3ForCausalLM
+
+    import vimpo_verl.token_statistics as token_statistics
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", Qwen3ForCausalLM.forward)  # verl replaces it for the process
+    monkeypatch.setattr(token_statistics, "_LINEAR_CHUNK_TOKENS", CHUNK)
+    setting = replace(SETTING, use_fused_kernels=True, temperature=temperature)
+    samples, workers = make_samples(), make_workers(tied_models, setting)
+    batch = run_one_pass_step(tied_models, setting, samples, workers).batch
+    update = one_pass_data(samples, batch, setting)
+    one, of_any_size = update_memory(workers, update, VOCABULARY), every_shape(workers, update)
+    result = run_step(tied_models, setting, samples, workers)
+    data = training_data(samples, result.per_token, result.batch, setting)
+    grpo_loss(workers)
+    grpo, its = update_memory(workers, data, VOCABULARY), every_shape(workers, data)
+    assert not one.large - grpo.large, "none that is larger than 30 tokens"
+    more = of_any_size - its
+    assert more and all(shape[0] <= CHUNK or shape[0] == 1 for shape in more), more
+    assert grpo.peak <= one.peak <= grpo.peak + 4 * VOCABULARY * (2 * CHUNK + FEW_TOKENS)
+
+
+CHUNK = 4
+
+
+def every_shape(workers, data) -> Counter:
+    """Of the tensors with the vocabulary as their last dimension."""
+    with TensorMemory(large_elements=1) as memory:
+        workers.actor.train_mini_batch(data[:])
+    return Counter({shape: count for shape, count in memory.large.items() if shape[-1:] == (VOCABULARY,)})
+
+
 FEW_TOKENS = 8  # of a chunk of the token statistics, in float64
 
 
-@pytest.mark.parametrize("use_remove_padding, temperature", LAYOUTS[:2])
+@pytest.mark.parametrize("use_remove_padding, temperature", LAYOUTS)
 def test_the_joint_pass_needs_no_more_than_grpos_old_pass(models, small_buffers, use_remove_padding, temperature):
     setting = replace(SETTING, use_remove_padding=use_remove_padding, temperature=temperature)
     samples, workers = make_samples(), make_workers(models, setting)

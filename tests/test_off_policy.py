@@ -24,6 +24,7 @@ from test_end_to_end import run_tiny
 from test_validation import validate, vimpo
 
 OVERRIDES = (
+    "+algorithm.vimpo.passes=two",
     "+algorithm.vimpo.actor_coeff=0.3",
     "+algorithm.vimpo.actor_trust=false",
     f"actor_rollout_ref.actor.clip_ratio_low={engine_formula.CLIP_LOW}",
@@ -50,7 +51,7 @@ def second_step(models, monkeypatch, *overrides, rollout_log_probs=False):
     """
     trainer, queue = make_trainer(make_config(models / "policy", *OVERRIDES, *overrides), monkeypatch)
     run_trainer_step(trainer, queue, SAMPLES)
-    at_generation = [row["old_log_probs"] for row in queue.rows.values()]
+    at_generation = [row.get("old_log_probs") for row in queue.rows.values()]  # not there in one pass
     start = queue.start
 
     def start_with_log_probs_of_the_rollout(samples):
@@ -81,6 +82,17 @@ def test_stale_samples(models, monkeypatch, mode):
     for row, old, kl in zip(rows, expected["tokens"]["log_probs"], expected["tokens"]["token_kl"], strict=True):
         torch.testing.assert_close(row["old_log_probs"].double(), old, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(row["token_kl"].double(), kl, rtol=1e-3, atol=1e-5)
+    assert metrics["vimpo/value_loss"] == pytest.approx(expected["updates"][0]["value_loss"], rel=1e-4)
+    assert relative(moved, expected_move) < 1e-3
+
+
+@pytest.mark.parametrize("mode", ["sync", "colocate_async"])
+def test_stale_samples_in_one_pass(models, monkeypatch, mode):
+    """With the value loss alone, which needs no statistics of a batch before."""
+    one_pass = ("++algorithm.vimpo.passes=one", "+algorithm.vimpo.use_actor=false", f"trainer.v1.trainer_mode={mode}")
+    metrics, moved, rows = second_step(models, monkeypatch, *one_pass)
+    _, expected, expected_move = formula_of_second_step(models, coeff=0.0)
+    assert all("old_log_probs" not in row for row in rows)
     assert metrics["vimpo/value_loss"] == pytest.approx(expected["updates"][0]["value_loss"], rel=1e-4)
     assert relative(moved, expected_move) < 1e-3
 

@@ -318,7 +318,13 @@ def test_with_bypass_mode_the_ratio_is_to_the_rollouts_log_probs(models, monkeyp
 SAME_BY_DESIGN = {
     "one update": (("+algorithm.vimpo.use_actor=false",), True, "one update a batch"),
     "no weight of the actor loss": (("+algorithm.vimpo.actor_coeff=0",), True, "one update a batch"),
-    "the actor loss": ((), False, "with the actor loss"),
+    "the actor loss": ((), True, "one update a batch"),
+    "a reference that is refreshed": (("+algorithm.vimpo.ref_refresh_every=20",), False, "ref_refresh_every=20"),
+    "the same without the actor loss": (
+        ("+algorithm.vimpo.ref_refresh_every=20", "+algorithm.vimpo.use_actor=false"),
+        True,
+        "one update a batch",
+    ),
     "mini-batches": (("actor_rollout_ref.actor.ppo_mini_batch_size=2",), False, "several updates a batch"),
     "epochs": (("actor_rollout_ref.actor.ppo_epochs=2",), False, "actor.ppo_epochs=2"),
     "importance weights": (

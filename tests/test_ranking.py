@@ -11,6 +11,7 @@ import math
 import random
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,3 +233,23 @@ def test_what_is_missing_is_said_before_anything_is_generated(self_rank, tmp_pat
     assert self_rank("--reference", tmp_path / "ref")[0] == 2
     assert "--reference is for --self-rank" in capsys.readouterr().err
     assert StandIn.generated == before
+
+
+def test_the_recipes_page_has_the_measured_figures():
+    """docs/recipes.md, "The policy as its own verifier", against benchmarks/results/self_rank.json."""
+    root = Path(__file__).parent.parent
+    stored = json.loads((root / "benchmarks/results/self_rank.json").read_text())["over_seeds"]
+    keys = ("algorithm", "flip_prob", "answers of", "figure")
+    found = {tuple(row[key] for key in keys): row for row in stored}
+    assert {row["seeds"] for row in stored if not row["figure"].startswith("AUC")} == {5}
+    page = (root / "docs/recipes.md").read_text()
+    head = next(line for line in page.splitlines() if line.startswith("| trained by | flipped groups |"))
+    figures = [name.strip() for name in head.strip("|").split("|")][3:]
+    figures[-1] = "weighted majority@8 by mean log-prob"  # "the same by" there
+    table = page.split(head)[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == 8
+    for line in table:
+        algorithm, flipped, answers_of, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        cell = (algorithm, {"none": 0.0, "20 %": 0.2}[flipped], answers_of)
+        rows = [found[(*cell, figure)] for figure in figures]
+        assert cells == [f"{100 * r['mean']:.1f} ({100 * r['low']:.1f} to {100 * r['high']:.1f})" for r in rows]

@@ -1,7 +1,8 @@
 """Claim: from a user's configuration, VIMPO's trainer and worker do the step of the formula, with every metric logged.
 
 verl's own trainer stages and hybrid worker, in one process (in_process.py): configuration, validation, init_model, joint
-pass, advantage, update. Ray, TransferQueue and vLLM are in test_end_to_end.py.
+pass, advantage, update; in two passes where it matters, and in one (more of that in test_one_pass.py). Ray, TransferQueue and
+vLLM are in test_end_to_end.py.
 """
 
 from dataclasses import replace
@@ -22,14 +23,20 @@ METRICS = {
 }  # fmt: skip
 
 
+TWO = "+algorithm.vimpo.passes=two"
+
+
 @pytest.fixture
 def trainer_and_queue(models, monkeypatch):
-    return make_trainer(make_config(models / "policy"), monkeypatch)
+    return make_trainer(make_config(models / "policy", TWO), monkeypatch)
 
 
-def test_two_steps_agree_with_the_formula(models, trainer_and_queue):
-    """The reference is the initial policy: the first step has no KL and only the value loss, the second has both."""
-    trainer, queue = trainer_and_queue
+@pytest.mark.parametrize("passes", ["two", "auto"])
+def test_steps_agree_with_the_formula(models, monkeypatch, passes):
+    """The reference is the initial policy: the first step has no KL and only the value loss, the second has both, but in one
+    pass, where the first has no statistics for it: then the third has."""
+    trainer, queue = make_trainer(make_config(models / "policy", f"+algorithm.vimpo.passes={passes}"), monkeypatch)
+    assert trainer.passes.one == (passes == "auto")
     samples = make_samples(tool_tokens=False)
     first = run_trainer_step(trainer, queue, samples)
     expected = engine_formula.step(models, samples, lr=0.1, equal=True)
@@ -43,7 +50,11 @@ def test_two_steps_agree_with_the_formula(models, trainer_and_queue):
 
     second = run_trainer_step(trainer, queue, samples)
     assert second["vimpo/kl"] > 0 and second["vimpo/value_loss"] < first["vimpo/value_loss"]
-    assert second["vimpo/outcome_correlation"] > 0 and second["vimpo/actor_coeff"] > 0
+    assert second["vimpo/outcome_correlation"] > 0
+    if passes == "auto":
+        assert second["vimpo/actor_coeff"] == 0.0
+        second = run_trainer_step(trainer, queue, samples)
+    assert second["vimpo/actor_coeff"] > 0 and set(second) >= METRICS
 
 
 PRECISIONS = {
@@ -53,15 +64,17 @@ PRECISIONS = {
 }
 
 
+@pytest.mark.parametrize("passes", ["two", "one"])
 @pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_kl_is_exactly_0_at_the_first_step_in_the_policys_precision(models, monkeypatch, precision, strategy):
+def test_kl_is_exactly_0_at_the_first_step_in_the_policys_precision(models, monkeypatch, precision, strategy, passes):
     """The recipe gives the actor's alone. A reference that rounds otherwise would have a KL of 1e-4 to itself."""
     overrides = [override.format("actor_rollout_ref.actor.fsdp_config") for override in PRECISIONS[precision]]
-    config = make_config(models / "policy", *overrides, f"actor_rollout_ref.actor.strategy={strategy}")
-    trainer, queue = make_trainer(config, monkeypatch)
-    assert run_trainer_step(trainer, queue, make_samples())["vimpo/kl"] == 0.0
-    for row in queue.rows.values():
+    overrides += [f"actor_rollout_ref.actor.strategy={strategy}", f"+algorithm.vimpo.passes={passes}"]
+    trainer, queue = make_trainer(make_config(models / "policy", *overrides), monkeypatch)
+    metrics = run_trainer_step(trainer, queue, make_samples())
+    assert metrics["vimpo/kl"] == 0.0 and metrics["vimpo/residual_rms"] == metrics["vimpo/target_rms"] > 0
+    for row in queue.rows.values() if passes == "two" else ():
         assert torch.equal(row["old_log_probs"], row["ref_log_prob"])
 
 
@@ -76,8 +89,9 @@ def test_a_derived_trainers_own_step_runs_inside_vimpos(models, monkeypatch):
             return batch
 
     samples = make_samples(tool_tokens=False)
-    expected = run_trainer_step(*make_trainer(make_config(models / "policy"), monkeypatch), samples)
+    expected = run_trainer_step(*make_trainer(make_config(models / "policy", TWO), monkeypatch), samples)
     trainer, queue = make_trainer(make_config(models / "policy"), monkeypatch, stock=OfAUser)
+    assert "VimpoOfAUser has a _compute_advantage of its own" in str(trainer.passes), "which may look at log-probs"
     found = run_trainer_step(trainer, queue, samples)
     assert isinstance(trainer, OfAUser) and found.pop("of_a_user/advantages") == 1.0
     for name in METRICS | {"actor/grad_norm"}:
@@ -124,7 +138,7 @@ def test_the_last_output_of_a_session_ends_it(trainer_and_queue):
     assert session_ends(["a_0_10", "a_1_0", "a_0_9", "u_x_0_0", "a_0_2"]) == [0, 1, 0, 3, 0]
 
 
-def test_the_outputs_of_a_session_share_its_reward(models, monkeypatch):
+def test_the_outputs_of_a_session_share_its_reward(models, monkeypatch, capsys):
     """Two prompts of two sessions, each with two outputs, of which the last has the reward; the queue's order is another."""
     samples = make_samples(seed=3, prompts=4, group_size=2, tool_tokens=False)
     keys = ["p_0_0", "p_0_1", "q_0_1", "q_0_0", "p_1_1", "p_1_0", "q_1_0", "q_1_1"]
@@ -146,6 +160,11 @@ def test_the_outputs_of_a_session_share_its_reward(models, monkeypatch):
         assert row["returns"].unique().tolist() == [targets[key[:3]]], key
     # At the first step the policy is the reference: L_V is 1/2 * target^2, a mean over all outputs.
     assert metrics["vimpo/value_loss"] == pytest.approx(0.5 * 0.25 * 4 / 8, rel=1e-6)
+    said = "step 1: the batch has 8 outputs for 4 sessions: two passes for this one and its like"
+    assert trainer.passes.one and capsys.readouterr().out.count(said) == 1
+    trainer.config.algorithm.rollout_correction.bypass_mode = True  # which has no two passes to fall back on
+    with pytest.raises(NotImplementedError, match="8 outputs for 4 sessions"):
+        run_trainer_step(trainer, queue, samples)
 
 
 def test_a_batch_that_is_not_from_vimpos_trainer_is_refused(trainer_and_queue):

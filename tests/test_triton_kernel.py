@@ -132,6 +132,36 @@ def test_any_logits(seed, vocabulary, scale, distance, kind, labels, dtype, with
     assert_agrees(z, u, temperature, LABELS[labels](z))
 
 
+def rounding_of_log_s(vocabulary, w):
+    """What float32 leaves unknown of log s, s = sum w, at most; in nats.
+
+    Each w is exp2 of a float32: off by 2^-24 of its exponent's size (times ln2), and by what the exponential allows itself, 2^-22
+    on a GPU. Each lane adds an entry of every block, then the lanes are added in pairs; every addition is off by 2^-24 of s.
+    """
+    block = min(kernel.BLOCK, triton.next_power_of_2(vocabulary))
+    additions = vocabulary // block + 1 + numpy.log2(block)
+    exponents = (w * w.log2().abs().clamp(min=0.5)).sum(-1) / w.sum(-1)
+    return 2.0**-22 + additions * 2.0**-24 + exponents * 2.0**-24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [2, 37, 5003] + [151_936] * (DEVICE == "cuda"))  # slow in the interpreter
+def test_a_log_prob_near_0_is_off_by_the_roundings_of_float32_at_most(draw, vocabulary, dtype):
+    """log p = -log(1 + w) of a token that the policy is sure of: 0.002 is known to 6e-8 at best, since 1 + w is a float32.
+
+    If all roundings went the same way it would be 4e-7 of two entries and 1e-6 of 5,003; they do not, and TOLERANCE has no more.
+    """
+    z, rows, labels = draw(8, vocabulary), torch.arange(8), torch.zeros(8, dtype=torch.long)
+    z[rows, labels] = z[rows, 1:].logsumexp(-1) + torch.linspace(4.0, 9.0, 8)
+    z = z.to(dtype)
+    found = kernel.triton_token_statistics(z.to(DEVICE), z.to(DEVICE), labels.to(DEVICE), None)[0].double().cpu()
+    expected = formula(z, z, labels)[0]
+    assert (expected > -0.02).all() and (expected < -5e-5).any()
+    bound = rounding_of_log_s(vocabulary, (z.double() - z.double()[:, :1]).exp())
+    print(f"{dtype}, V = {vocabulary}: off by {(found - expected).abs().max():.1e}, {bound.max():.1e} allowed")
+    assert ((found - expected).abs() <= bound).all(), (found - expected, bound)
+
+
 def test_temperature_of_each_token(draw):
     z = 3 * draw(4, 5003)
     assert_agrees(z, z + 0.1 * draw(4, 5003), torch.tensor([0.5, 0.7, 1.0, 2.0]))

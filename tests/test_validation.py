@@ -85,9 +85,11 @@ def test_what_vimpo_changes_in_the_configuration():
     assert {key for key in changed if not key.startswith(loss)} <= {
         "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu",
         "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size",
+        "actor_rollout_ref.ref.fsdp_config.model_dtype",
     }
     assert after["actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu"] == 4
     assert after["actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size"] == 2
+    assert after["actor_rollout_ref.ref.fsdp_config.model_dtype"] == "bf16"  # what it is computed in
 
 
 def flat(container, prefix=""):
@@ -171,7 +173,7 @@ REFUSED = {
     "actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean": "Write vanilla, or gspo",
     "actor_rollout_ref.ref.strategy=fsdp2": "remove actor_rollout_ref.ref.strategy",
     "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size=2": "remove it",
-    "actor_rollout_ref.ref.fsdp_config.model_dtype=bf16": "remove it, and the reference follows the policy",
+    "actor_rollout_ref.ref.fsdp_config.model_dtype=fp16": "remove it, and the reference follows the policy",
     "actor_rollout_ref.ref.fsdp_config.dtype=float16": "remove it, and the reference follows the policy",
     "+actor_rollout_ref.ref.fsdp_config.mixed_precision={param_dtype:fp16}": "remove it, and the reference follows",
     "actor_rollout_ref.actor.fsdp_config.qat.enable=True": "actor_rollout_ref.actor.fsdp_config.qat.enable=False",

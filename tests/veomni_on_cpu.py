@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from engine_harness import Setting, StepResult, Workers, knobs_of, run_step_both_ways
+from engine_harness import Setting, StepResult, Workers, knobs_of, run_one_pass_step, run_step
 
 FOLDER = Path(__file__).parent.parent / ".venv" / "veomni"
 
@@ -120,20 +120,19 @@ def make_workers(models: Path, setting: Setting, offload: bool, make=make_worker
     return Workers(actor, ref)
 
 
-def steps_on_rank(
-    rank: int, cases: list[tuple[Path, Setting, bool]], samples: list
-) -> list[tuple[StepResult, StepResult]]:
-    """For each (models, setting, offload) of `cases`, in this rank's process: a step in two passes, and in one.
+def steps_on_rank(rank: int, cases: list[tuple], samples: list) -> list[StepResult]:
+    """A step for each (models, setting, offload, in one pass) of `cases`, one after the other, in this rank's process.
 
     A setting with dtype="fp32" is computed in float32, one with "bf16" as verl configures VeOmni.
     """
     implementation = import_engine()
     results = []
-    for models, setting, offload in cases:
+    for models, setting, offload, in_one_pass in cases:
+        step = run_one_pass_step if in_one_pass else run_step
         if setting.dtype == "fp32":
             with _in_float32(implementation, make_worker) as make:
                 workers = make_workers(models, setting, offload, make)
-                results.append(run_step_both_ways(models, setting, samples, workers))
+                results.append(step(models, setting, samples, workers))
         else:
-            results.append(run_step_both_ways(models, setting, samples, make_workers(models, setting, offload)))
+            results.append(step(models, setting, samples, make_workers(models, setting, offload)))
     return results

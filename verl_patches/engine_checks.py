@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verl_patches.megatron_checks import fit_megatron_reference, megatron_problems
+from verl_patches.reference_precision import dtype_of, stored_in
 
 # Keys of verl's fsdp_config that decide how a forward rounds, with verl's defaults. model_dtype because a model that is
-# stored in half precision has its buffers in it, too (rotary frequencies).
+# stored in half precision has its buffers in it, too (rotary frequencies); what that allows is in reference_precision.
 FSDP_ROUNDING = {"dtype": "bfloat16", "model_dtype": "fp32", "mixed_precision": None}
 # VeOmni's kernels and the attention round differently, too; `*_implementation` stands for all that are in the section.
 VEOMNI_ROUNDING = {"mixed_precision": True, "force_use_huggingface": False, "attn_implementation": "flash_attention_2",
@@ -117,6 +118,8 @@ def _precision(engine: Engine, actor: Any, ref: Any) -> Iterator[str]:
     """Equal weights must give equal logits: a difference of rounding is read as log-ratios and KL."""
     for name, default in rounding_keys(engine, actor).items():
         given, policys = _get(ref[engine.section], name), _get(actor[engine.section], name)
+        if name == "model_dtype" and dtype_of(given) == dtype_of(stored_in(actor.strategy, actor[engine.section])):
+            continue
         if given != default and given != policys:
             yield (
                 f"actor_rollout_ref.ref.{engine.section}.{name}={given} differs from the actor's {policys}: equal weights "
@@ -221,6 +224,8 @@ def fit_reference(actor: Any, ref: Any) -> None:
         for name in rounding_keys(engine, actor):
             if _get(references, name) != _get(policys, name):
                 OmegaConf.update(references, name, copy.deepcopy(_get(policys, name)), force_add=True)
+        if "model_dtype" in engine.rounding:
+            references.model_dtype = stored_in(actor.strategy, policys)
 
 
 def _has_own_plan(role: Any) -> bool:

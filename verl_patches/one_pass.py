@@ -24,7 +24,7 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
 
 from verl_patches.batches import is_padding
-from verl_patches.family_trainer import require_one_output_a_session
+from verl_patches.family_trainer import require_one_output_a_session, session_ends
 from verl_patches.loss_aggregation import aggregation_weight, mini_batch_size
 from verl_patches.names import (
     ADVANTAGE_MEAN,
@@ -86,7 +86,7 @@ class OnePassTrainer(VimpoTrainer):
         self.passes, self.takes_one_pass = self._decide_passes(), False
         self.before: Statistics | None = None  # of the batch before
         self.trained_advantages: dict[str, float] = {}
-        self.several_updates_said = False
+        self.two_passes_said = False
 
     def settings(self) -> str:
         """As FamilyTrainer's, with what `passes` has come to."""
@@ -94,35 +94,50 @@ class OnePassTrainer(VimpoTrainer):
 
     def _decide_passes(self) -> Passes:
         passes = decide(self.config, self.knobs)
+        if not passes.one:
+            return passes
+        is_asked_for = self.knobs.passes == "one" or bypasses_old_log_probs(self.config)
         own = super()._compute_old_log_prob
-        if passes.one and getattr(own, "__func__", own) is not PPOTrainer._compute_old_log_prob:
+        if getattr(own, "__func__", own) is not PPOTrainer._compute_old_log_prob:
             why = f"{type(self).__name__} has a _compute_old_log_prob of its own, which one pass would leave out"
-            if self.knobs.passes == "one" or bypasses_old_log_probs(self.config):
+            if is_asked_for:
                 raise TypeError(f"{SECTION}.passes: {why}")
+            return Passes(False, why)
+        if not is_asked_for and _is_of_a_user(type(self), "_compute_advantage"):
+            why = (
+                f"{type(self).__name__} has a _compute_advantage of its own, which may look at log-probs and advantages"
+            )
             return Passes(False, why)
         return passes
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """As verl's, in two passes; with bypass_mode the rollout's log-probs; else nothing: the update has them."""
-        self.takes_one_pass = self.passes.one and self._is_one_update(batch)
+        self.takes_one_pass = self.passes.one and self._fits_one_pass(batch)
         if self.takes_one_pass and not bypasses_old_log_probs(self.config):
             return batch
         return super()._compute_old_log_prob(batch, metrics)
 
-    def _is_one_update(self, batch: KVBatchMeta) -> bool:
-        """Whether this batch is one mini-batch, as the recipe says: not where prompts have numbers of responses of their
-        own."""
-        updates = len(batch.keys) // mini_batch_size(self.config)
-        if updates <= 1 or bypasses_old_log_probs(self.config):
+    def _fits_one_pass(self, batch: KVBatchMeta) -> bool:
+        """Whether this batch is as the recipe says: one mini-batch, which it is not where prompts have numbers of responses
+        of their own, and one output a session.
+
+        Raises:
+            NotImplementedError: it is not, and with bypass_mode there is no other way.
+        """
+        if bypasses_old_log_probs(self.config):
+            require_one_output_a_session(batch.keys)
             return True
-        if not self.several_updates_said:
-            self.several_updates_said = True
+        updates, sessions = len(batch.keys) // mini_batch_size(self.config), len(set(session_ends(batch.keys)))
+        what = f"{len(batch.keys)} responses, {updates} mini-batches" if updates > 1 else None
+        if sessions != len(batch.keys):
+            what = f"{len(batch.keys)} outputs for {sessions} sessions"
+        if what and not self.two_passes_said:
+            self.two_passes_said = True
             print(
-                f"vimpo_verl: step {self.global_steps}: the batch has {len(batch.keys)} responses, {updates} mini-batches: two "
-                "passes for this one and its like",
+                f"vimpo_verl: step {self.global_steps}: the batch has {what}: two passes for this one and its like",
                 flush=True,
             )
-        return False
+        return what is None
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         return batch if self.takes_one_pass else super()._compute_ref_log_prob(batch, metrics)
@@ -131,7 +146,6 @@ class OnePassTrainer(VimpoTrainer):
         """What the estimator is handed, once what there is of it is sound."""
         if not self.takes_one_pass:
             return super()._estimator_input(batch)
-        require_one_output_a_session(batch.keys)
         data = tq.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores", "response_mask", "uid"]
         )
@@ -205,6 +219,14 @@ class OnePassTrainer(VimpoTrainer):
                 f"vimpo_verl: the checkpoint {folder} has no statistics of its last batch: the first step has no actor loss",
                 flush=True,
             )
+
+
+def _is_of_a_user(trainer: type, method: str) -> bool:
+    """Whether a class that is neither verl's nor of this package has the method."""
+    return any(
+        method in vars(of) and of.__module__.split(".")[0] not in ("verl", "verl_patches", "vimpo_verl")
+        for of in trainer.__mro__
+    )
 
 
 @contextlib.contextmanager

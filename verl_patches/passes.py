@@ -31,14 +31,17 @@ def decide(config: Any, knobs: VimpoConfig) -> Passes:
         return Passes(True, "algorithm.rollout_correction.bypass_mode=True")
     if knobs.passes != "auto":
         return Passes(knobs.passes == "one", f"{SECTION}.passes={knobs.passes}")
-    obstacle = next(_obstacles(config, knobs), None) or _untried(knobs)
+    obstacle = next(_obstacles(config, knobs), None) or _without_statistics(knobs)
     return Passes(obstacle is None, obstacle or "one update a batch")
 
 
-def _untried(knobs: VimpoConfig) -> str | None:
-    """Why `auto` keeps to two passes where one would be the same but for the batch that the statistics are of."""
-    if knobs.use_actor and knobs.actor_coeff != 0:
-        return f"with the actor loss {SECTION}.passes=one is to be asked for"
+def _without_statistics(knobs: VimpoConfig) -> str | None:
+    """Why `auto` keeps to two passes where one would do without the actor loss every so often, not only at a run's start."""
+    if knobs.use_actor and knobs.actor_coeff != 0 and knobs.ref_refresh_every is not None:
+        return (
+            f"{SECTION}.ref_refresh_every={knobs.ref_refresh_every}: in one pass each refresh would cost two steps their actor "
+            "loss, in two passes one"
+        )
     return None
 
 

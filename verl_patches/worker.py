@@ -16,7 +16,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.profiler import DistProfiler
 from verl.workers.engine_workers import TrainingWorker
 
-from verl_patches import reference_refresh
+from verl_patches import reference_precision, reference_refresh
 from verl_patches.family_worker import FamilyWorker
 from verl_patches.fused_head import fused_heads
 from verl_patches.joint_pass import joint_infer_batch
@@ -114,6 +114,8 @@ class VimpoActorRolloutRefWorker(FamilyWorker):
         super().init_model()
         self.knobs = omega_conf_to_dataclass(self.config.actor.policy_loss).vimpo
         self.reference = self._find_reference()
+        if self.ref is not None and self.actor.engine_config.strategy in reference_precision.STRATEGIES:
+            reference_precision.take_buffers(self.ref.engine.module, self.actor.engine.module)
         self.actor.use_vimpo_loss(self.knobs, self.reference)
 
     def _find_reference(self) -> TrainingWorker | AdaptersOff:

@@ -2,10 +2,11 @@
 
 Once a batch and over the whole batch, as every estimator of verl, so nothing here depends on micro-batching, dynamic
 batch size or data-parallel size. A batch may have tens of millions of tokens, so whatever has one number a token is worked
-on a few rows at a time: beside the inputs there are the three results, and nothing else of their size.
+on a few rows at a time: beside the inputs there are the three results, and nothing else of their size, no mask either.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from vimpo_verl.beta import Beta, auto_beta
 from vimpo_verl.config import VimpoConfig
 from vimpo_verl.one_pass import Statistics
 from vimpo_verl.summary import Moments, Summary, actor_coeff, outcome_auc, outcome_correlation
-from vimpo_verl.switches import advantage_rms, grpo_advantages, soft_target, value_scale
+from vimpo_verl.switches import grpo_advantages, soft_target, value_scale
 
 __all__ = ["VimpoBatch", "compute_batch", "compute_targets", "outcome_auc", "outcome_correlation"]
 
@@ -82,14 +83,15 @@ def compute_batch(
     F.require_fitting(
         response_mask=response_mask, old_log_prob=old_log_prob, ref_log_prob=ref_log_prob, token_kl=token_kl
     )
-    mask, length = _valid_tokens(response_mask, real)
+    mask = _Mask(response_mask, real)
+    length = mask.length
     rows = torch.arange(len(outcome), device=outcome.device)
     end = rows if session_end is None else session_end
     outcome = outcome[end]
     beta = _beta(config, length, outcome, group, real)
     config = replace(config, beta=beta.value)
     advantages, values, judgement, kl = _raw(old_log_prob, ref_log_prob, token_kl, mask, config.beta, lam)
-    moments = _moments(advantages, mask, length)
+    moments = _moments(advantages, mask)
     if config.value_type == "soft":
         sequence_kl = _sequence_sums(token_kl, mask)
         target = soft_target(outcome, group, real, sequence_kl, config)
@@ -99,7 +101,7 @@ def compute_batch(
     target = torch.where(real, target, 0.0).to(advantages.dtype)
     scale = value_scale(config, target, real)
     if config.actor_advantage == "grpo":
-        advantages = torch.where(mask, grpo_advantages(outcome, group, real).to(target.dtype).unsqueeze(-1), 0.0)
+        _spread(grpo_advantages(outcome, group, real), mask, out=advantages)
     elif config.whiten:
         _whiten(advantages, mask, moments)
     summary = Summary(judgement, target, outcome, length, group, real)
@@ -110,11 +112,11 @@ def compute_batch(
         correlation=summary.correlation,
         actor_loss_weight=actor_loss_weight,
         value_scale=scale,
-        advantage_rms=advantage_rms(advantages, mask) if config.actor_coeff == "gradient" else None,
+        advantage_rms=_rms(advantages, mask) if config.actor_coeff == "gradient" else None,
     )
     return VimpoBatch(
         advantages=advantages,
-        returns=torch.where(mask, target.unsqueeze(-1), target.new_zeros(())),
+        returns=_spread(target, mask, out=target.new_empty(response_mask.shape)),
         values=values,
         actor_coeff=coeff,
         beta=beta,
@@ -148,8 +150,8 @@ def compute_targets(
         ValueError: as for `compute_batch`.
     """
     real = _require_sequences(response_mask, outcome, group, is_padding)
-    mask, length = _valid_tokens(response_mask, real)
-    beta = _beta(config, length, outcome, group, real)
+    mask = _Mask(response_mask, real)
+    beta = _beta(config, mask.length, outcome, group, real)
     config = replace(config, beta=beta.value)
     target = _target(outcome, group, real, config, prior, prior_weight)
     sequences, scale = int(real.sum()), value_scale(config, target, real)
@@ -157,16 +159,16 @@ def compute_targets(
     if before is not None and before.says_something:
         coeff = actor_coeff(
             config,
-            mean_length=int(length.sum()) / sequences if sequences else 0.0,
+            mean_length=int(mask.length.sum()) / sequences if sequences else 0.0,
             residual_rms=before.residual_rms,
             correlation=before.outcome_correlation,
             actor_loss_weight=actor_loss_weight,
             value_scale=scale,
         )
-    unknown = target.new_zeros(()).expand(mask.shape)
+    unknown = target.new_zeros(()).expand(response_mask.shape)
     return VimpoBatch(
         advantages=unknown,
-        returns=torch.where(mask, target.unsqueeze(-1), target.new_zeros(())),
+        returns=_spread(target, mask, out=target.new_empty(response_mask.shape)),
         values=unknown,
         actor_coeff=coeff,
         beta=beta,
@@ -189,30 +191,46 @@ def _require_sequences(
     return torch.ones_like(outcome, dtype=torch.bool) if is_padding is None else ~is_padding.bool()
 
 
-def _rows(tensor: Tensor) -> Iterator[slice]:
-    """Slices of the rows of [B, T], of about _TOKENS_AT_A_TIME tokens."""
-    step = max(1, _TOKENS_AT_A_TIME // max(1, tensor.shape[1]))
-    return (slice(start, start + step) for start in range(0, tensor.shape[0], step))
+class _Mask:
+    """The valid tokens of the real sequences, as bools, block by block: of the whole batch they would be a tensor of its size.
 
+    Args:
+        response_mask: [B, T], 0/1 or bool.
+        real: [B] bool, False on placeholders.
 
-def _valid_tokens(response_mask: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """The mask as bools, False on placeholders, [B, T], and the valid tokens of each sequence, [B]."""
-    mask = torch.empty_like(response_mask, dtype=torch.bool)
-    for rows in _rows(mask):
-        mask[rows] = F.require_mask(response_mask[rows]) & real[rows].unsqueeze(-1)
-    return mask, mask.sum(-1)
+    Raises:
+        ValueError: the mask has other values than 0 and 1.
+    """
+
+    def __init__(self, response_mask: Tensor, real: Tensor):
+        self._response_mask, self._real = response_mask, real
+        counts = [valid.sum(-1) for _, valid in self._blocks(F.require_mask)]
+        self.length = torch.cat(counts) if counts else torch.zeros_like(real, dtype=torch.long)  # [B], valid tokens
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of about _TOKENS_AT_A_TIME tokens, and their mask."""
+        return self._blocks(Tensor.bool)
+
+    def row(self, number: int) -> Tensor:
+        """[T], of one sequence."""
+        return self._response_mask[number].bool() & self._real[number]
+
+    def _blocks(self, as_bools: Callable[[Tensor], Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        count, length = self._response_mask.shape
+        step = max(1, _TOKENS_AT_A_TIME // max(1, length))
+        for rows in (slice(start, start + step) for start in range(0, count, step)):
+            yield rows, as_bools(self._response_mask[rows]) & self._real[rows].unsqueeze(-1)
 
 
 def _raw(
-    old_log_prob: Tensor, ref_log_prob: Tensor, token_kl: Tensor, mask: Tensor, beta: float, lam: float
+    old_log_prob: Tensor, ref_log_prob: Tensor, token_kl: Tensor, mask: _Mask, beta: float, lam: float
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """Raw advantages and values [B, T], S [B], and the mean KL of a valid token."""
     dtype = F.accumulating(old_log_prob[:0]).dtype
     advantages, values = (torch.empty_like(old_log_prob, dtype=dtype) for _ in range(2))
     judgement = old_log_prob.new_empty(len(old_log_prob), dtype=torch.float64)
     kl, count = 0.0, 0
-    for rows in _rows(mask):
-        valid = mask[rows]
+    for rows, valid in mask:
         td = F.td_residual(old_log_prob[rows], ref_log_prob[rows], token_kl[rows], valid, beta)
         values[rows] = F.implied_values(td, valid)
         advantages[rows] = F.implied_advantages(td, valid, lam)
@@ -222,36 +240,49 @@ def _raw(
     return advantages, values, judgement, kl / count if count else 0.0
 
 
-def _moments(advantages: Tensor, mask: Tensor, length: Tensor) -> Moments:
+def _moments(advantages: Tensor, mask: _Mask) -> Moments:
     """Of the valid tokens. Counted from one of them, so that a constant has variance 0 and large offsets cost no digits."""
-    count = int(length.sum())
+    count = int(mask.length.sum())
     if count == 0:
         return Moments(0, 0.0, 0.0)
-    row = int(length.argmax())
-    start = advantages[row][mask[row]][0].item()
-    shifted = sum(_sum(advantages[rows] - start, mask[rows]) for rows in _rows(mask)) / count
-    squares = sum(_sum((advantages[rows] - start - shifted).square(), mask[rows]) for rows in _rows(mask))
+    row = int(mask.length.argmax())
+    start = advantages[row][mask.row(row)][0].item()
+    shifted = sum(_sum(advantages[rows] - start, valid) for rows, valid in mask) / count
+    squares = sum(_sum((advantages[rows] - start - shifted).square(), valid) for rows, valid in mask)
     return Moments(count, start + shifted, squares / (count - 1) if count > 1 else 0.0)
 
 
-def _sequence_sums(tensor: Tensor, mask: Tensor) -> Tensor:
+def _rms(advantages: Tensor, mask: _Mask) -> float:
+    """Root mean square over the valid tokens; 0 where there are none."""
+    count = int(mask.length.sum())
+    return math.sqrt(sum(_sum(advantages[rows].double().square(), valid) for rows, valid in mask) / max(1, count))
+
+
+def _sequence_sums(tensor: Tensor, mask: _Mask) -> Tensor:
     """[B]: over the valid tokens of each sequence, in float64."""
     parts = [
-        F.zero_where_masked(F.accumulating(tensor[rows]), mask[rows]).sum(-1, dtype=torch.float64)
-        for rows in _rows(mask)
+        F.zero_where_masked(F.accumulating(tensor[rows]), valid).sum(-1, dtype=torch.float64) for rows, valid in mask
     ]
     return torch.cat(parts) if parts else tensor.new_zeros(0, dtype=torch.float64)
 
 
-def _sum(tensor: Tensor, mask: Tensor) -> float:
-    return F.zero_where_masked(tensor, mask).sum(dtype=torch.float64).item()
+def _sum(tensor: Tensor, valid: Tensor) -> float:
+    return F.zero_where_masked(tensor, valid).sum(dtype=torch.float64).item()
 
 
-def _whiten(advantages: Tensor, mask: Tensor, moments: Moments) -> None:
+def _spread(of_sequence: Tensor, mask: _Mask, *, out: Tensor) -> Tensor:
+    """A number a sequence [B] on each of its valid tokens [B, T], and 0 elsewhere; into `out`."""
+    of_sequence = of_sequence.to(out.dtype)
+    for rows, valid in mask:
+        out[rows] = torch.where(valid, of_sequence[rows].unsqueeze(-1), 0.0)
+    return out
+
+
+def _whiten(advantages: Tensor, mask: _Mask, moments: Moments) -> None:
     """`functional.whiten`, in place. What is not finite spreads, for the caller to find."""
     scale = (moments.variance + F.WHITEN_EPS) ** -0.5
-    for rows in _rows(mask):
-        advantages[rows] = F.zero_where_masked((advantages[rows] - moments.mean) * scale, mask[rows])
+    for rows, valid in mask:
+        advantages[rows] = F.zero_where_masked((advantages[rows] - moments.mean) * scale, valid)
 
 
 def _beta(config: VimpoConfig, length: Tensor, outcome: Tensor, group: Sequence[Hashable], real: Tensor) -> Beta:

@@ -60,10 +60,3 @@ def grpo_advantages(outcome: Tensor, group: Sequence[Hashable], real: Tensor) ->
     deviation = rewards - F.group_sums(rewards, index) / size
     std = (F.group_sums(deviation.square(), index) / (size - 1).clamp(min=1)).sqrt()
     return deviation.new_zeros(outcome.shape).masked_scatter(real, deviation / (std + GRPO_EPS))
-
-
-def advantage_rms(advantages: Tensor, mask: Tensor) -> float:
-    """Root mean square over the valid tokens, both [B, T]; 0 where there are none."""
-    valid = F.zero_where_masked(advantages, mask).double()
-    count = int(mask.sum())
-    return (valid.square().sum() / count).sqrt().item() if count else 0.0

@@ -1,0 +1,132 @@
+"""The README's table and picture of whole runs, from benchmarks/results/headline.json alone.
+
+python -m benchmarks.headline_page
+"""
+
+import json
+import re
+from pathlib import Path
+from statistics import mean, median
+
+from benchmarks.headline import CELLS, RESULTS, ROOT
+from vimpo_verl.compare.statistics import difference_interval
+
+README, PICTURE = ROOT / "README.md", ROOT / "docs/pictures/quickstart.png"
+BEGIN, END = "<!-- made by benchmarks/headline_page.py: begin -->", "<!-- made by benchmarks/headline_page.py: end -->"
+LAST = 5  # steps averaged at the end: one step's reward is noisy
+CONFIDENCE = 0.95
+TITLES = {
+    "clean": "The quickstart",
+    "noise_20": "A fifth of the groups flipped",
+    "reuse": "Four updates a batch",
+}
+NAMES = {
+    "grpo": "GRPO",
+    "grpo-kl-loss": "GRPO, KL loss 0.3",
+    "vimpo": "VIMPO",
+}
+COLOURS = {"grpo": "tab:orange", "grpo-kl-loss": "tab:orange", "vimpo": "tab:blue"}
+
+
+def by_arm(rows: list[dict], cell: str) -> dict[str, list[dict]]:
+    """Arm -> its runs, the first one being what the others are compared with."""
+    found = {arm: [row for row in rows if (row["cell"], row["arm"]) == (cell, arm)] for arm in CELLS[cell].arms}
+    return {arm: runs for arm, runs in found.items() if runs}
+
+
+def rate(cell: str, arm: str) -> str:
+    """The learning rate, as it is given to run_tiny.sh."""
+    settings = CELLS[cell].settings | CELLS[cell].arms[arm].settings
+    return settings.get("LR", "3e-4" if settings.get("PRESET") == "reuse" else "1e-3")
+
+
+def last_reward(run: dict) -> float:
+    return mean(run["rewards"][-LAST:])
+
+
+def last_validation(run: dict) -> float:
+    return max(run["validation"].items(), key=lambda item: int(item[0]))[1]
+
+
+def each(values: list[float]) -> str:
+    """Mean, and each seed where there are several."""
+    seeds = f" ({' '.join(f'{value:.2f}' for value in values)})" if len(values) > 1 else ""
+    return f"{mean(values):.3f}{seeds}"
+
+
+def ahead(first: list[float], other: list[float]) -> str:
+    """How far the other side is ahead of the first, with the interval of `vimpo compare`."""
+    found = difference_interval(first, other, CONFIDENCE)
+    if found.half_width is None:
+        return f"{found.value:+.3f}"
+    return f"{found.value:+.3f} ({found.value - found.half_width:+.3f} to {found.value + found.half_width:+.3f})"
+
+
+def table(rows: list[dict]) -> str:
+    """A Markdown table: each cell's sides, one a row."""
+    lines = [
+        f"| | learning rate | share of right answers, last {LAST} steps: mean (each seed) | ahead of GRPO (95 %) | "
+        "validation at the end | seconds a step |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for cell in CELLS:
+        arms = by_arm(rows, cell)
+        if not arms:
+            continue
+        lines.append(f"| **{TITLES[cell]}**, {CELLS[cell].settings['STEPS']} steps | | | | | |")
+        first = [last_reward(run) for run in next(iter(arms.values()))]
+        for number, (arm, runs) in enumerate(arms.items()):
+            rewards = [last_reward(run) for run in runs]
+            seconds = median(second for run in runs for second in run["seconds"])
+            cells = [
+                NAMES[arm],
+                rate(cell, arm),
+                each(rewards),
+                ahead(first, rewards) if number else "",
+                each([last_validation(run) for run in runs]),
+                f"{seconds:.1f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_table(page: str, rows: list[dict]) -> str:
+    """The page with its made part replaced."""
+    made = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    return made.sub(lambda _: f"{BEGIN}\n{table(rows)}\n{END}", page)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """A panel a cell: the share of right answers at every step, the mean over the seeds and lowest to highest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    from matplotlib import pyplot
+
+    cells = [cell for cell in CELLS if by_arm(rows, cell)]
+    figure, panels = pyplot.subplots(1, len(cells), figsize=(4.3 * len(cells), 3.6), sharey=True, squeeze=False)
+    for axes, cell in zip(panels[0], cells, strict=True):
+        for arm, runs in by_arm(rows, cell).items():
+            rewards = np.array([run["rewards"] for run in runs])
+            steps = np.arange(1, rewards.shape[1] + 1)
+            label = f"{NAMES[arm]} ({len(runs)} seed{'s' * (len(runs) > 1)})"
+            axes.plot(steps, rewards.mean(0), color=COLOURS[arm], linewidth=2, label=label)
+            axes.fill_between(steps, rewards.min(0), rewards.max(0), color=COLOURS[arm], alpha=0.2, linewidth=0)
+        axes.set_title(TITLES[cell], fontsize=10)
+        axes.set(xlabel="step", ylim=(0, 1))
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper left", frameon=False, fontsize=8)
+    panels[0][0].set_ylabel("share of sampled answers that are right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    rows = json.loads(RESULTS.read_text())["rows"]
+    README.write_text(with_table(README.read_text(), rows))
+    draw(rows, PICTURE)
+
+
+if __name__ == "__main__":
+    main()
