@@ -1,7 +1,7 @@
 """The policy as its own verifier: choosing among 8 answers by S = sum of td, and by mean log-prob, on the tiny task.
 
 Trains the model of examples/one_file.py, then has two policies answer 512 held-out prompts 8 times each: the trained
-one, and the start, which is the reference. The trained one ranks the answers of both. One thread; about half a minute
+one, and the start, which is the reference. The trained one ranks the answers of both. One thread; about twelve seconds
 of processor time a run.
 
     python -m benchmarks.self_rank --json benchmarks/results/self_rank.json
