@@ -80,7 +80,7 @@ install_cpu_stack() {
     # For tests/test_derived_engines.py alone, and in a folder of its own: where verl can import it, it changes transformers.
     pip --no-deps --upgrade --target "$VENV/veomni" veomni==0.1.12
     # For tests/test_megatron.py alone: where verl can import it, every process of verl does.
-    pip --no-deps --upgrade --target "$VENV/megatron" megatron-core==0.16.1 mbridge==0.15.1
+    pip --no-deps --upgrade --target "$VENV/megatron" megatron-core==0.16.1 mbridge==0.15.1 megatron-bridge==0.3.1
 }
 
 install_gpu_stack() {  # not run on a GPU machine yet

@@ -36,7 +36,8 @@ class Parameters:
     names: tuple[str, ...]
 
     def problem(self, function) -> str | None:
-        found = tuple(inspect.signature(function).parameters)
+        # Ray adds a parameter to the methods of a class that an actor has been made of in this process.
+        found = tuple(name for name in inspect.signature(function).parameters if name != "_ray_trace_ctx")
         return None if found == self.names else f"its parameters were {self.names} and are now {found}"
 
 

@@ -8,7 +8,7 @@ With several processes (`run_on_ranks`) each rank holds a contiguous part of the
 import os
 import socket
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +41,7 @@ class Setting:
     mini_batches: int = 1
     epochs: int = 1
     lr: float = 0.0
+    adam_eps: float | None = None  # AdamW with it in SGD's place
     lam: float = 1.0
     knobs: dict = field(default_factory=dict)
     actor: dict = field(default_factory=dict)
@@ -109,6 +110,10 @@ def make_worker(worker_cls, path: Path, setting: Setting, forward_only: bool):
 
     attention = ulysses_on_cpu.register() if setting.sp_size > 1 else "sdpa"
     dynamic = setting.micro_batch_size is None
+    if setting.adam_eps is None:
+        optimizer = {"optimizer": "SGD"}
+    else:
+        optimizer = {"optimizer": "AdamW", "override_optimizer_config": {"eps": setting.adam_eps}}
     worker = worker_cls(
         config=TrainingWorkerConfig(
             model_type="language_model",
@@ -138,7 +143,7 @@ def make_worker(worker_cls, path: Path, setting: Setting, forward_only: bool):
                 infer_micro_batch_size_per_gpu=setting.micro_batch_size,
             ),
             optimizer_config=FSDPOptimizerConfig(
-                optimizer="SGD", lr=setting.lr, weight_decay=0.0, clip_grad=1e9, total_training_steps=10
+                lr=setting.lr, weight_decay=0.0, clip_grad=1e9, total_training_steps=10, **optimizer
             ),
             checkpoint_config=CheckpointConfig(),
             profiler_config=None,
@@ -266,6 +271,15 @@ def run_one_pass_step(
     metrics = reduce_metrics(dict(output["metrics"])) if output is not None else {}
     metrics = {name.removeprefix("of_batch/"): value for name, value in metrics.items()}
     return StepResult({}, batch, gradients, parameters_of(engine), {**batch.metrics, **metrics})
+
+
+def run_step_both_ways(
+    models: Path, setting: Setting, samples: list[Sample], workers: Workers
+) -> tuple[StepResult, StepResult]:
+    """A step in two passes, and the same in one with that step's statistics for those of the batch before (lr=0)."""
+    two = run_step(models, setting, samples, workers)
+    before = Statistics.of_metrics(two.batch.metrics)
+    return two, run_one_pass_step(models, replace(setting, before=before), samples, workers)
 
 
 def _make_workers_of(setting: Setting):

@@ -1,5 +1,6 @@
 """verl's real Megatron engine on a tiny model and several gloo ranks, for the tests; the steps are engine_harness's."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,8 @@ class MegatronSetting(Setting):
     virtual_pipeline: int | None = None
     context_parallel: int = 1
     expert_parallel: int = 1
+    distributed_optimizer: bool = False
+    megatron_bridge: bool = False  # in mbridge's place, as verl has it by itself
     adapters: bool = False  # the reference is the policy without them
     transformer: dict = field(default_factory=dict)
     engine: dict = field(default_factory=dict)
@@ -30,12 +33,16 @@ def make_megatron_workers(models, setting: MegatronSetting) -> Workers:
     from verl.workers.engine_workers import TrainingWorker
     from verl.workers.utils.losses import ppo_loss
 
+    from verl_patches.lora_reference import AdaptersOff
     from verl_patches.policy_loss_config import VimpoPolicyLossConfig
     from verl_patches.worker import VimpoTrainingWorker
 
     actor = make_megatron_worker(VimpoTrainingWorker, models / "policy", setting, forward_only=False)
-    ref_path = models / ("policy" if setting.equal_models else "ref")
-    ref = make_megatron_worker(TrainingWorker, ref_path, setting, forward_only=True)
+    if setting.lora_rank:
+        ref = AdaptersOff(actor)
+    else:
+        ref_path = models / ("policy" if setting.equal_models else "ref")
+        ref = make_megatron_worker(TrainingWorker, ref_path, setting, forward_only=True)
     actor_config = McoreActorConfig(
         strategy="megatron",
         rollout_n=2,
@@ -95,6 +102,10 @@ def make_megatron_worker(worker_cls, path, setting: MegatronSetting, forward_onl
         "sequence_parallel": setting.sequence_parallel and setting.tensor_parallel > 1,  # mbridge looks at nothing else
         **setting.transformer,
     }
+    if setting.megatron_bridge:
+        from megatron_on_cpu import layers_of
+
+        transformer["transformer_layer_spec"] = layers_of
     dynamic = setting.micro_batch_size is None
     engine = McoreEngineConfig(
         tensor_model_parallel_size=setting.tensor_parallel,
@@ -103,7 +114,7 @@ def make_megatron_worker(worker_cls, path, setting: MegatronSetting, forward_onl
         virtual_pipeline_model_parallel_size=setting.virtual_pipeline,
         context_parallel_size=setting.context_parallel,
         expert_model_parallel_size=setting.expert_parallel,
-        vanilla_mbridge=True,
+        vanilla_mbridge=not setting.megatron_bridge,
         forward_only=forward_only,
         override_transformer_config=transformer,
         use_dynamic_bsz=dynamic,
@@ -111,7 +122,7 @@ def make_megatron_worker(worker_cls, path, setting: MegatronSetting, forward_onl
         infer_max_token_len_per_gpu=setting.max_token_len,
         micro_batch_size_per_gpu=setting.micro_batch_size,
         infer_micro_batch_size_per_gpu=setting.micro_batch_size,
-        use_distributed_optimizer=False,
+        use_distributed_optimizer=setting.distributed_optimizer,
         **setting.engine,
         **replay,
     )
@@ -122,16 +133,21 @@ def make_megatron_worker(worker_cls, path, setting: MegatronSetting, forward_onl
         load_tokenizer=False,
         use_remove_padding=setting.use_remove_padding,
         use_fused_kernels=setting.use_fused_kernels,
+        lora={"rank": setting.lora_rank, "alpha": 2 * setting.lora_rank} if setting.lora_rank else {},
     )
     object.__setattr__(model, "tokenizer", type("Tokenizer", (), {"pad_token_id": 1}))
+    if setting.adam_eps is None:
+        optimizer = {"optimizer": "sgd", "override_optimizer_config": {"sgd_momentum": 0.0}}
+    else:
+        optimizer = {"optimizer": "adam", "override_optimizer_config": {"adam_eps": setting.adam_eps}}
     worker = worker_cls(
         config=TrainingWorkerConfig(
             model_type="language_model",
             model_config=model,
             engine_config=engine,
             optimizer_config=McoreOptimizerConfig(
-                optimizer="sgd", lr=setting.lr, weight_decay=0.0, clip_grad=1e9, total_training_steps=10,
-                lr_warmup_steps=0, lr_decay_steps=10, lr_decay_style="constant", override_optimizer_config={"sgd_momentum": 0.0},
+                lr=setting.lr, weight_decay=0.0, clip_grad=1e9, total_training_steps=10,
+                lr_warmup_steps=0, lr_decay_steps=10, lr_decay_style="constant", **optimizer,
             ),
             checkpoint_config=CheckpointConfig(),
             profiler_config=None,
@@ -143,12 +159,14 @@ def make_megatron_worker(worker_cls, path, setting: MegatronSetting, forward_onl
 
 def exported(engine, select) -> dict[str, torch.Tensor]:
     """Hugging Face name -> what `select` finds of the parameters, whole, on every rank: as the engine exports its weights."""
-    parameters = [p for chunk in engine.module for p in chunk.parameters()]
-    kept = [p.data for p in parameters]
-    for p in parameters:
-        p.data = select(p).detach().to(p.dtype).view_as(p).clone()
-    try:
-        return {name: tensor.detach().clone() for name, tensor in engine.bridge.export_weights(engine.module)}
-    finally:
-        for p, data in zip(parameters, kept, strict=True):
-            p.data = data
+    with nullcontext() if engine.mode else engine.eval_mode():  # brings back what is offloaded
+        parameters = [p for chunk in engine.module for p in chunk.parameters()]
+        kept = [p.data for p in parameters]
+        for p in parameters:
+            p.data = select(p).detach().to(p.dtype).view_as(p).clone()
+        try:
+            export = engine.bridge.export_weights if engine.vanilla_bridge else engine.bridge.export_hf_weights
+            return {name: tensor.detach().clone() for name, tensor in export(engine.module)}
+        finally:
+            for p, data in zip(parameters, kept, strict=True):
+                p.data = data

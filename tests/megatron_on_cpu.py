@@ -2,13 +2,16 @@
 
 `install()` in a process of its own, before verl's Megatron engine is imported. What it stands in for: calls of torch.cuda,
 tensors on the device "cuda", and the attention kernel, by an attention over packed sequences and context-parallel slices. All
-else is Megatron Core's and mbridge's: layers, parallel regions, pipelines, schedules, gradients, optimiser, weights.
+else is Megatron Core's, mbridge's and Megatron-Bridge's: layers, parallel regions, pipelines, schedules, gradients, optimiser,
+weights, adapters. To move a tensor between the two devices is to copy it, so that verl can give back what it offloads.
 """
 
 import contextlib
-import functools
+import gc
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -24,6 +27,9 @@ class _OnTheCPU(TorchFunctionMode):
         kwargs.pop("pin_memory", None)
         if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
+        if func in (torch.Tensor.cpu, torch.Tensor.to):  # a copy on a GPU, whose memory verl then gives back
+            moved = func(*args, **kwargs)
+            return moved.clone() if moved.data_ptr() == args[0].data_ptr() else moved
         if func is torch.Tensor.type and len(args) == 1:  # Megatron's clipping asserts on the name
             return func(*args).replace("torch.", "torch.cuda.")
         return func(*args, **kwargs)
@@ -36,12 +42,40 @@ FOLDER = Path(sys.prefix) / "megatron"
 def install() -> None:
     sys.path.insert(0, str(FOLDER))
     _torch_cuda()
+    _keep_groups()
     _random_numbers()
     _layers()
     _experts()
     _weight_names()
+    _megatron_bridge()
     _fused_kernel()
     _engine()
+
+
+_groups = []  # that Megatron has made
+
+
+def forget_groups() -> None:
+    """As if Megatron had never been set up; each gloo group has threads that cost time as long as it is there."""
+    from megatron.core import parallel_state as mpu
+
+    mpu.destroy_model_parallel()
+    gc.collect()  # models hold on to their groups
+    while _groups:
+        with contextlib.suppress(ValueError):  # Megatron has destroyed it
+            torch.distributed.destroy_process_group(_groups.pop())
+
+
+def _keep_groups() -> None:
+    new_group = torch.distributed.new_group
+
+    def kept(*args, **settings):
+        group = new_group(*args, **settings)
+        if group is not torch.distributed.GroupMember.NON_GROUP_MEMBER:
+            _groups.append(group)
+        return group
+
+    torch.distributed.new_group = kept
 
 
 def _torch_cuda() -> None:
@@ -61,25 +95,30 @@ def _random_numbers() -> None:
 
 
 def _layers() -> None:
-    """mbridge asks for Transformer Engine's layers; Megatron Core has its own of each but the packed attention."""
+    """mbridge asks for Transformer Engine's layers."""
     import mbridge.core.llm_bridge as llm_bridge
+
+    def block_spec(config, use_transformer_engine, vp_stage=None):  # mbridge looks whether it takes a vp_stage
+        return layers_of(config, vp_stage)
+
+    llm_bridge.get_gpt_decoder_block_spec = block_spec
+
+
+def layers_of(config, vp_stage=None):
+    """What Transformer Engine has layers for: Megatron Core has its own of each but the norms and the packed attention."""
     from megatron.core.models.gpt import gpt_layer_specs
 
-    @functools.wraps(gpt_layer_specs.get_gpt_decoder_block_spec)
-    def local_spec(config, use_transformer_engine, **settings):
-        spec = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=False, **settings)
-        spec.layer_norm = Norm
-        for layer in spec.layer_specs:
-            attention = layer.submodules.self_attention.submodules
-            attention.core_attention = PackedAttention
-            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-            if config.qk_layernorm:
-                attention.q_layernorm = attention.k_layernorm = Norm
-            if config.num_moe_experts:
-                layer.submodules.mlp.submodules.experts = Experts
-        return spec
-
-    llm_bridge.get_gpt_decoder_block_spec = local_spec
+    spec = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage)
+    spec.layer_norm = Norm
+    for layer in spec.layer_specs:
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = PackedAttention
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = Norm
+        if config.num_moe_experts:
+            layer.submodules.mlp.submodules.experts = Experts
+    return spec
 
 
 def _experts() -> None:
@@ -123,6 +162,64 @@ def _weight_names() -> None:
     Bridge._weight_name_mapping_mcore_to_hf = mapping
 
 
+class _NothingInside(type):
+    """A class of which every attribute is such a class."""
+
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _NothingInside(name, (), {})
+
+
+class _TransformerEngine:
+    """Finds transformer_engine and its modules, with classes of which there are no objects: names to be imported by."""
+
+    def find_spec(self, name, path=None, target=None):
+        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "transformer_engine" else None
+
+    def create_module(self, spec):
+        module = ModuleType(spec.name)
+        module.__path__, module.__getattr__ = [], lambda name: getattr(_NothingInside("TE", (), {}), name)
+        return module
+
+    def exec_module(self, module):
+        """There is nothing in it."""
+
+
+def _megatron_bridge() -> None:
+    """Megatron-Bridge imports Transformer Engine, and knows the norms before layers by their names inside its layers.
+
+    Called once Megatron Core has been imported, which has then seen that there is no Transformer Engine.
+    """
+    sys.meta_path.append(_TransformerEngine())
+    from megatron.bridge.models.conversion.param_mapping import AutoMapping
+    from megatron.bridge.models.qwen.qwen3_bridge import Qwen3Bridge
+
+    original = Qwen3Bridge.mapping_registry
+
+    def with_norms(self):
+        registry = original(self)
+        norms = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
+        return type(registry)(
+            *registry.mappings,
+            *(AutoMapping(f"decoder.layers.*.{m}.weight", f"model.layers.*.{h}.weight") for m, h in norms.items()),
+        )
+
+    Qwen3Bridge.mapping_registry = with_norms
+    _adapters()
+
+
+def _adapters() -> None:
+    """What verl 0.9.1 asks of a Megatron-Bridge newer than the index has, by functions; the adapters are 0.3.1's own."""
+    from megatron.bridge.peft import utils
+    from megatron.bridge.peft.lora import LoRA
+
+    utils.create_peft = lambda settings, dtype: LoRA(dim=settings["rank"], alpha=settings["alpha"])
+    utils.create_peft_hook = lambda adapters, training: lambda model: adapters(model, training=training)
+    utils.HAVE_TE = False
+    utils.load_peft_adapter_checkpoint = None  # imported whether there is one to load or not
+
+
 def _fused_kernel() -> None:
     """verl's Triton kernel, by verl's functions for logits; like it, it leaves it to sequence parallelism to add up gradients."""
     from verl.models.mcore import model_forward_fused
@@ -136,11 +233,11 @@ def _fused_kernel() -> None:
 
 
 def _engine() -> None:
-    from verl.workers.engine.base import EngineRegistry
-    from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
+    """To verl's engine the device is a GPU: so that what it offloads goes there and back."""
+    from verl.workers.engine import base
+    from verl.workers.engine.megatron import transformer_impl
 
-    register = EngineRegistry.register(model_type="language_model", backend="megatron", device="cpu")
-    register(type("CPUMegatronEngineWithLMHead", (MegatronEngineWithLMHead,), {}))
+    base.get_device_name = transformer_impl.get_device_name = lambda: "cuda"
 
 
 class Norm:

@@ -1,12 +1,13 @@
 """Claim: on verl's real Megatron engine a step of VIMPO is the one on verl's FSDP engine, however Megatron splits the work.
 
-With the same weights, through mbridge: old log-probs, entropy, reference log-probs and exact KL of every response token,
-gradients before clipping, parameters after two updates, logged losses. Tensor, sequence, pipeline (also interleaved), context,
-expert and data parallelism, packed and padded, dynamic batches, the fused head, kappa_policy=current, sampled KLs. The FSDP
-engine's step is that of the formula (test_engine.py).
+With the same weights, through mbridge or Megatron-Bridge: old log-probs, entropy, reference log-probs and exact KL of every
+response token, gradients before clipping, parameters after two updates, logged losses. Tensor, sequence, pipeline (also
+interleaved), context, expert and data parallelism, packed and padded, dynamic batches, the fused head, kappa_policy=current,
+sampled KLs, the distributed optimiser, offload. The FSDP engine's step is that of the formula (test_engine.py). With LoRA of
+Megatron-Bridge: the joint pass is verl's own two passes.
 
 On gloo ranks of this machine, with what megatron_on_cpu.py stands in for. Not covered: Transformer Engine, verl's fused kernel
-itself, NCCL, GPUs, the distributed optimiser, offload, Megatron-Bridge and its adapters, grouped kernels of experts.
+itself, NCCL, GPUs, grouped kernels of experts, adapters that are loaded.
 """
 
 from dataclasses import replace
@@ -14,13 +15,13 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_harness import Setting, gather_rows, joint_pass, make_models, run_on_ranks, run_step
-from engine_samples import make_samples
+from engine_samples import make_samples, response_part, to_tensordict
 from megatron_harness import MegatronSetting, make_megatron_workers
 from megatron_on_cpu import FOLDER
 
 pytestmark = [
     pytest.mark.skipif(not FOLDER.is_dir(), reason="made by bash tests/run.sh --setup"),
-    pytest.mark.timeout(1200),  # two ranks do all steps in one go
+    pytest.mark.timeout(2400),  # two ranks do all steps in one go
 ]
 
 
@@ -30,6 +31,8 @@ CURRENT = {"knobs": {**STEP["knobs"], "kappa_policy": "current"}}
 K3 = {"knobs": {**STEP["knobs"], "kl_estimator": "k3"}}
 BUCKETS = {"pad_to_length": True, "pad_to_length_bucket": 32}
 LAST_EXPERT = 3  # of the mixtures
+OFFLOADED = {"param_offload": True, "optimizer_offload": True}
+ADAM = {"adam_eps": 1.0, "lr": 1.0}  # smooth in the gradients, whose rounding it would blow up otherwise
 PER_TOKEN = {"transformer": {"calculate_per_token_loss": True}}
 
 # Name -> how Megatron splits the work on two ranks, and what of the setting changes the result.
@@ -53,6 +56,26 @@ LAYOUTS = {
     "context parallel, dynamic batches": ({"context_parallel": 2, "micro_batch_size": None, **PER_TOKEN}, {}),
     "context parallel, fused head": ({"context_parallel": 2, "use_fused_kernels": True, **PER_TOKEN}, {}),
     "data parallel": ({}, {}),
+    "data parallel, distributed optimiser": ({"distributed_optimizer": True}, ADAM),
+    "tensor parallel, offloaded": ({"tensor_parallel": 2, "distributed_optimizer": True, "engine": OFFLOADED}, ADAM),
+    "pipeline, offloaded": ({"pipeline_parallel": 2, "distributed_optimizer": True, "engine": OFFLOADED}, ADAM),
+}
+
+
+# Through Megatron-Bridge, which verl takes unless it is told to take mbridge. The same steps.
+BRIDGE = {"megatron_bridge": True}
+LAYOUTS |= {
+    "Megatron-Bridge, tensor parallel": ({**BRIDGE, "tensor_parallel": 2}, {}),
+    "Megatron-Bridge, pipeline, fused head": ({**BRIDGE, "pipeline_parallel": 2, "use_fused_kernels": True}, {}),
+    "Megatron-Bridge, offloaded": (
+        {**BRIDGE, "tensor_parallel": 2, "distributed_optimizer": True, "engine": OFFLOADED},
+        ADAM,
+    ),
+}
+# With its LoRA: the reference is the policy without its adapters.
+LORA = {
+    "LoRA, tensor parallel": {**BRIDGE, "tensor_parallel": 2},
+    "LoRA, pipeline, fused head": {**BRIDGE, "pipeline_parallel": 2, "use_fused_kernels": True},
 }
 
 
@@ -93,21 +116,47 @@ def megatron_steps(rank, cases):
     import megatron_on_cpu
 
     megatron_on_cpu.install()
-    from megatron.core import parallel_state as mpu
-
     results, routes = [], None
     for models, setting in cases:
         if setting.routes is not None:
             given = [LAST_EXPERT - r for r in routes] if "others" in setting.routes else routes
             setting = replace(setting, routes=dict(zip(even_samples(), given, strict=True)))
-        if setting.equal_models:
-            workers = make_megatron_workers(models, setting)
+        workers = make_megatron_workers(models, setting)
+        require_offloaded(workers.actor.engine)
+        if setting.lora_rank:
+            results.append(steps_with_adapters(workers, models, setting))
+        elif setting.equal_models:
             results.append(gather_rows(joint_pass(workers, even_samples(), setting)))
         else:
-            results.append(run_step(models, setting, even_samples()))
+            results.append(run_step(models, setting, even_samples(), workers))
+            require_offloaded(workers.actor.engine)
             routes = routes or results[-1].per_token.get("routed_experts")
-        mpu.destroy_model_parallel()
+        megatron_on_cpu.forget_groups()
     return results
+
+
+def steps_with_adapters(workers, models, setting) -> dict:
+    """Two steps, a joint pass after them, and verl's own two passes there."""
+    samples = even_samples()
+    steps = [run_step(models, setting, samples, workers) for _ in range(2)]
+    verls = {}
+    for name, adapters_off in (("log_probs", False), ("ref_log_probs", True)):
+        data = to_tensordict(
+            samples, temperature=1.0, calculate_entropy=False, compute_loss=False, no_lora_adapter=adapters_off
+        )
+        output = workers.actor.infer_batch(data)
+        if output is not None:
+            verls[name] = response_part(output["log_probs"].unbind(), samples)
+    trained = {name for m in workers.actor.engine.module for name, p in m.named_parameters() if p.requires_grad}
+    joint = gather_rows(joint_pass(workers, samples, setting))
+    return {"steps": steps, "joint": joint, "verls": gather_rows(verls), "trained": trained}
+
+
+def require_offloaded(engine):
+    """Outside of a pass the device has given back the memory of weights and gradients, where that was asked for."""
+    if engine.is_param_offload_enabled:
+        sizes = [t.untyped_storage().size() for b in engine.module[0].buffers for t in (b.param_data, b.grad_data)]
+        assert sizes and not any(sizes), sizes
 
 
 @pytest.fixture(scope="module")
@@ -139,15 +188,18 @@ def found(four_layers, moe_models):
         cases.append((moe_models, MegatronSetting(**once, **layout, routes={} if "given" in name else None)))
     cases.append((moe_models, MegatronSetting(**once, **given, routes={"others": True})))
     cases += [(four_layers, MegatronSetting(equal_models=True, dtype="bf16", **layout)) for layout in EQUAL.values()]
+    cases += [
+        (four_layers, MegatronSetting(**{**STEP, "lr": 1.0, "lora_rank": 4, **layout})) for layout in LORA.values()
+    ]
     by_rank = run_on_ranks(2, megatron_steps, cases)
-    names = [*LAYOUTS, *EXPERTS, *REPLAY, "other routes", *(f"{name}, equal weights" for name in EQUAL)]
+    names = [*LAYOUTS, *EXPERTS, *REPLAY, "other routes", *(f"{name}, equal weights" for name in EQUAL), *LORA]
     return {name: [results[i] for results in by_rank] for i, name in enumerate(names)}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_is_that_of_the_fsdp_engine(expected, found, layout):
     for step in found[layout]:
-        assert_same_step(step, expected[repr(LAYOUTS[layout][1])])
+        assert_same_step(step, expected[repr(LAYOUTS[layout][1])], gradients=not is_scattered(LAYOUTS[layout][0]))
 
 
 @pytest.mark.parametrize("layout", [*EXPERTS, *REPLAY])
@@ -182,7 +234,7 @@ def stack_experts(tensors):
 def test_losses_are_logged_as_those_of_the_global_mini_batch(expected, found, layout):
     wanted = expected[repr(LAYOUTS[layout][1])].metrics
     logged = next(step.metrics for step in found[layout] if "loss" in step.metrics)  # of ranks that collect
-    for name in ("vimpo/value_loss", "vimpo/actor_loss", "loss", "vimpo/kl"):
+    for name in ("vimpo/value_loss", "vimpo/actor_loss", "loss", "vimpo/kl", "grad_norm"):
         assert logged[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-6), name
 
 
@@ -196,11 +248,31 @@ def test_equal_weights_give_a_kl_of_exactly_zero(found, layout):
         assert torch.cat(rows["entropy"]).min() > 0.1
 
 
-def assert_same_step(found, expected):
+def is_scattered(layout) -> bool:
+    """Whether each rank has the sum over all ranks for its part of the gradients alone, as the distributed optimiser wants it."""
+    split = layout.get("tensor_parallel", 1) * layout.get("pipeline_parallel", 1)
+    return layout.get("distributed_optimizer", False) and split == 1
+
+
+@pytest.mark.parametrize("layout", LORA)
+def test_with_lora_the_reference_is_the_policy_without_its_adapters(found, layout):
+    """Megatron-Bridge's adapters: kl is 0 while they are fresh; then the policy moves, and the reference does not."""
+    for rank in found[layout]:
+        (first, second), joint = rank["steps"], rank["joint"]
+        assert rank["trained"] and all(".adapter." in name for name in rank["trained"])
+        assert not torch.cat(first.per_token["token_kl"]).any()
+        assert torch.cat(joint["token_kl"]).mean() > 0.1
+        for name in ("log_probs", "ref_log_probs"):
+            assert_close(torch.cat(joint[name]), torch.cat(rank["verls"][name]))
+        for step in (first, second):
+            assert_close(torch.cat(step.per_token["ref_log_probs"]), torch.cat(joint["ref_log_probs"]))
+
+
+def assert_same_step(found, expected, gradients=True):
     for name, rows in expected.per_token.items():
         assert_close(torch.cat(found.per_token[name]), torch.cat(rows))
     assert len(found.gradients) == len(expected.gradients) >= 1
-    for mine, theirs in zip(found.gradients, expected.gradients, strict=True):
+    for mine, theirs in zip(found.gradients, expected.gradients, strict=True) if gradients else ():
         assert_same_tensors(mine, theirs)
     assert_same_tensors(found.parameters, expected.parameters)
 

@@ -11,6 +11,7 @@ verl's trainer stages and worker in one process (in_process.py) against float64;
 samples that are really stale. Not claimed: that training learns as well from stale samples.
 """
 
+import logging
 import math
 
 import engine_formula
@@ -20,6 +21,7 @@ from engine_harness import parameters_of
 from engine_samples import make_samples
 from in_process import make_config, make_trainer, run_trainer_step
 from test_end_to_end import run_tiny
+from test_validation import validate, vimpo
 
 OVERRIDES = (
     "+algorithm.vimpo.passes=two",
@@ -180,7 +182,36 @@ def test_stale_samples_from_vllm(tmp_path):
     difference = {step: metrics["training/rollout_probs_diff_mean"] for step, metrics in run.steps.items()}
     assert difference[1] < 1e-4 < 1e-3 < min(difference[3], difference[4])
     assert run.steps[1]["vimpo/kl"] == 0.0 < min(run.steps[step]["vimpo/kl"] for step in (2, 3, 4))
+    staleness = [run.steps[step]["training/off_policy/trajectory_staleness/max"] for step in (1, 2, 3, 4)]
+    assert staleness[0] == 0 < staleness[2] <= 2, staleness
     for step in run.steps.values():
         assert all(math.isfinite(value) for name, value in step.items() if name.startswith("vimpo/"))
     assert run.steps[1]["rollout_corr/rollout_is_mean"] == pytest.approx(1.0, abs=1e-3)
     assert run.steps[4]["rollout_corr/rollout_is_std"] > 10 * run.steps[1]["rollout_corr/rollout_is_std"]
+
+
+BYPASS = ("algorithm.rollout_correction.bypass_mode=True", "actor_rollout_ref.rollout.calculate_log_probs=True")
+SEVERAL = {
+    "actor_rollout_ref.actor.ppo_mini_batch_size=8": "actor.ppo_mini_batch_size=8",
+    "actor_rollout_ref.actor.ppo_epochs=2": "actor.ppo_epochs=2",
+}
+
+
+def warned(caplog, *overrides) -> list[str]:
+    """What the driver warns of."""
+    with caplog.at_level(logging.WARNING, logger="vimpo_verl"):
+        validate(vimpo(*overrides))
+    return [r.getMessage() for r in caplog.records if r.name == "vimpo_verl"]
+
+
+@pytest.mark.parametrize("several", SEVERAL)
+def test_bypass_mode_with_several_updates_a_batch_is_warned_of(several, caplog):
+    """Each update's kappa is its own policy's: there is no pass before the first to have an old policy's from."""
+    (warning,) = warned(caplog, *BYPASS, several)
+    assert warning.endswith("algorithm.rollout_correction.bypass_mode=False") and SEVERAL[several] in warning
+    assert "of the policy of each update" in warning
+
+
+@pytest.mark.parametrize("without", [BYPASS, (*SEVERAL,)], ids=["one update", "two passes"])
+def test_and_either_alone_is_not(without, caplog):
+    assert warned(caplog, *without) == []

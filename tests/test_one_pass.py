@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_harness import Setting, make_workers, run_on_ranks, run_one_pass_step, run_step
+from engine_harness import Setting, make_workers, run_on_ranks, run_one_pass_step, run_step, run_step_both_ways
 from engine_samples import make_samples, make_uneven_samples, placeholders
 from in_process import make_config, make_trainer, run_trainer_step
 from test_validation import vimpo
@@ -78,10 +78,7 @@ def two_then_one(models, changed: dict, samples, **knobs):
     workers = make_workers(models, setting)
     if setting.lora_rank:
         adapters_on(workers.actor.engine)
-    two = run_step(models, setting, samples, workers)
-    before = Statistics.of_metrics(two.batch.metrics)
-    one = run_one_pass_step(models, replace(setting, before=before), samples, workers)
-    return two, one
+    return run_step_both_ways(models, setting, samples, workers)
 
 
 @pytest.mark.parametrize("changed", SETTINGS.values(), ids=SETTINGS)

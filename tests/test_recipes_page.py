@@ -6,6 +6,7 @@ has that this one does not know is left out by name. The kept settings of every 
 now, give what the table says.
 """
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 FOLDER = Path(__file__).parent / "compatibility"
 sys.path.insert(0, str(FOLDER))
 
+import backing  # noqa: E402
 import recipe_scripts  # noqa: E402
 import recipes  # noqa: E402
 import recipes_page  # noqa: E402
@@ -149,3 +151,30 @@ def test_the_table_holds_with_the_checks_as_they_are_now(engine):
         if recipe["engine"] == engine:
             now = recipes.again(recipe)
             assert (recipe["script"], now["refused"]) == (recipe["script"], recipe["refused"])
+
+
+ENGINES = {"FSDP1 or FSDP2", "FSDP-Turbo", "VeOmni", "Megatron"}
+
+
+def test_every_acceptance_has_a_test_of_its_engine_and_no_setting_that_nobody_has_looked_at():
+    taking = [recipe for recipe in RECIPES if recipes_page.accepted(recipe)]
+    assert len(taking) > 74
+    for recipe in taking:
+        engines = [path for path in backing.paths_of(recipe) if path.name in ENGINES]
+        assert len(engines) == 1 and engines[0].tests, recipe["script"]
+        assert backing.unclassified(recipe) == [], recipe["script"]
+
+
+@pytest.mark.parametrize("path", backing.PATHS, ids=[path.name for path in backing.PATHS])
+def test_what_backs_a_path_exists(path):
+    assert (path.level == backing.NOT_RUN) == (path.tests == ())
+    for test in path.tests:
+        file, _, function = test.partition("::")
+        tree = ast.parse((FOLDER.parent / file).read_text())
+        assert not function or function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, test
+
+
+def test_what_has_not_run_of_a_script_is_in_its_row():
+    recipe = next(r for r in RECIPES if r["script"].endswith("grpo_trainer/run_qwen3_vl_8b_megatron.sh"))
+    (row,) = [line for line in recipes_page.PAGE.read_text().splitlines() if "/run_qwen3_vl_8b_megatron.sh |" in line]
+    assert backing.not_run(recipe) == ["images on Megatron or VeOmni"] and backing.not_run(recipe)[0] in row

@@ -1,5 +1,7 @@
 """Claim: in separate_async, with a hybrid engine, every update of a cycle is the formula's, its old policy the cycle's first.
 
+And how far the samples' policies lie behind it is logged, by verl, in VIMPO's runs as in all.
+
 verl's own trainer stages and worker, which keeps weights on the host and restores them, in one process against float64. Not
 covered: a whole run, for which verl needs a checkpoint engine that moves weights between GPUs; none works on a CPU.
 """
@@ -9,9 +11,10 @@ import pytest
 import torch
 from engine_harness import parameters_of
 from engine_samples import make_samples
-from in_process import make_config, make_trainer, run_trainer_step
+from in_process import PARTITION, make_config, make_trainer, run_trainer_step
 from test_off_policy import FORMULA, OVERRIDES, change, relative
 from test_validation import refusals, validate, vimpo
+from transfer_queue import KVBatchMeta
 
 IN_ONE_PROCESS = (
     "trainer.v1.trainer_mode=separate_async",
@@ -19,6 +22,7 @@ IN_ONE_PROCESS = (
     "actor_rollout_ref.rollout.nnodes=1",
     "actor_rollout_ref.rollout.n_gpus_per_node=1",
 )
+LAGS = ("staleness/mean", "staleness/max", "staleness_worst/max")  # verl's names, as in docs/metrics.md
 SEPARATE = (*IN_ONE_PROCESS, "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl")  # which wants CUDA
 
 
@@ -57,6 +61,25 @@ def test_the_second_update_of_a_cycle(models, monkeypatch, kept_weights):
     assert relative(moved, expected) < 1e-3
     unlike = engine_formula.step(models, batches[1], **FORMULA)
     assert relative(moved, change(first["parameters"], unlike["parameters"])) > 0.02
+
+
+def test_how_stale_the_samples_are_is_logged(models, monkeypatch):
+    """In cycle 7 the old policy, and so kappa's, is version 6; responses of versions 3 to 5, one begun at 2."""
+    config = make_config(models / "policy", *OVERRIDES, *IN_ONE_PROCESS, "data.train_batch_size=8")
+    trainer, queue = make_trainer(config, monkeypatch)
+    trainer.local_trigger_step = 0
+    metrics, versions = run_trainer_step(trainer, queue, make_samples()), [3, 4, 5, 5, 3, 4, 5, 5]
+    for i, (key, version) in enumerate(zip(queue.rows, versions, strict=True)):
+        queue.tags[key] |= {"min_global_steps": version - (i == 0), "max_global_steps": version}
+        queue.rows[key]["num_turns"] = 2
+    trainer.use_critic, trainer._rollout_moe_lb_metrics_accumulator = False, None
+    trainer._get_n_gpus_for_throughput = lambda: 1
+    batch = KVBatchMeta(list(queue.rows), queue.tags_of(queue.rows), PARTITION, extra_info={})
+    trainer._compute_metrics(batch, metrics, {"step": 1.0}, global_steps=7, epoch=0)
+    lag = {name: metrics[f"training/off_policy/trajectory_{name}"] for name in LAGS}
+    real = [version for version, sample in zip(versions, make_samples(), strict=True) if not sample.is_padding]
+    assert lag["staleness/max"] == 6 - min(real) == 3 and lag["staleness/mean"] == 6 - sum(real) / len(real)
+    assert lag["staleness_worst/max"] == 4
 
 
 def test_trainer_and_worker_are_verls_with_vimpos_part():

@@ -1,8 +1,8 @@
 """Claim: VIMPO's step is right for vision-language models: Qwen2.5-VL and Qwen3-VL with images, on verl's FSDP engine.
 
 Per-token results and gradients agree with the formula in float64 over transformers' own forward, with padding kept and removed,
-with fixed and dynamic micro-batches, and with kappa recomputed in the update. In a batch, prompts with one image, with two, and
-with none. Images are put together once for every forward of a model.
+with fixed and dynamic micro-batches, and with kappa recomputed in the update; the update in one pass is that of two. In a
+batch, prompts with one image, with two, and with none. Images are put together once for every forward of a model.
 
 Not covered here: the processor and vLLM (test_vision_language_run.py), video, Ulysses with images.
 """
@@ -11,6 +11,7 @@ import engine_formula
 import pytest
 from engine_harness import Setting, run_on_ranks
 from test_engine import assert_step_agrees
+from test_one_pass import assert_same_gradients
 from vision_models import make_vision_models, steps_on_rank, vision_samples
 
 # verl replaces Qwen2.5-VL's attention for good where padding is removed: so that comes after.
@@ -37,6 +38,13 @@ def steps(request, tmp_path_factory):
 def test_a_step_agrees_with_the_formula(steps, setting):
     found, expected, _ = steps
     assert_step_agrees(found[setting]["result"], expected)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_update_in_one_pass_is_that_of_two(steps, setting):
+    """Given the step's own statistics."""
+    found = steps[0][setting]
+    assert_same_gradients(found["one_pass"].gradients, found["result"].gradients)
 
 
 def test_the_images_matter(steps):

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_three_steps_with_images(tmp_path):
     torchvision = pytest.importorskip("torchvision", exc_type=ImportError)
     pytest.importorskip("qwen_vl_utils", exc_type=ImportError)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from engine_harness import Setting, StepResult, make_workers, run_step
+from engine_harness import Setting, StepResult, make_workers, run_step, run_step_both_ways
 from engine_samples import EOS, VOCABULARY, Sample, make_samples
 
 IMAGE, VIDEO, START, END = range(VOCABULARY, VOCABULARY + 4)  # beside the tokens that samples are drawn from
@@ -115,14 +115,17 @@ def _image(model, sample: Sample, grids, generator=None) -> Image:
 
 
 def steps_on_rank(rank: int, models: Path, samples: list[Sample], settings: list[Setting]) -> list[dict]:
-    """For each setting: the StepResult, and how often images were put together for a model's forward."""
+    """For each setting: the StepResult in two passes and in one, and how often images were put together in the two passes."""
     return [_step(models, samples, setting) for setting in settings]
 
 
 def _step(models: Path, samples: list[Sample], setting: Setting) -> dict:
-    with attention_without_flash(), counted_images() as count:
-        result: StepResult = run_step(models, setting, samples, make_workers(models, setting))
-    return {"result": result, "images": count}
+    with attention_without_flash():
+        workers = make_workers(models, setting)
+        with counted_images() as count:
+            result: StepResult = run_step(models, setting, samples, workers)
+        _, one_pass = run_step_both_ways(models, setting, samples, workers)
+    return {"result": result, "one_pass": one_pass, "images": count}
 
 
 @contextmanager

@@ -71,6 +71,20 @@ def problems(config: Any, knobs: VimpoConfig) -> list[str]:
     return []
 
 
+def warnings(config: Any) -> Iterator[str]:
+    """What one pass means where a batch has several updates, which `bypass_mode` alone can bring. `config` as for `decide`."""
+    actor = config.actor_rollout_ref.actor
+    updates = config.data.train_batch_size / actor.ppo_mini_batch_size
+    if bypasses_old_log_probs(config) and (updates > 1 or actor.ppo_epochs > 1):
+        yield (
+            f"algorithm.rollout_correction.bypass_mode=True with several updates a batch (data.train_batch_size="
+            f"{config.data.train_batch_size}, actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}, actor.ppo_epochs="
+            f"{actor.ppo_epochs}): there is no pass before the first, so kappa, values and advantages are those of the policy of "
+            "each update, and not of the one that all of them start from. For that one's, in a pass more a step: "
+            "algorithm.rollout_correction.bypass_mode=False"
+        )
+
+
 def bypasses_old_log_probs(config: Any) -> bool:
     """Whether verl is to take the rollout's log-probs for the old ones."""
     return bool((config.algorithm.get("rollout_correction") or {}).get("bypass_mode", False))

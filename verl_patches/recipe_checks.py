@@ -45,6 +45,7 @@ def warnings(config: Any, knobs: VimpoConfig) -> list[str]:
             "policy to the reference; the paper uses 8"
         )
     found += _taken_over(config)
+    found += passes.warnings(config)
     found += loss_warnings(config, knobs)
     return found
 

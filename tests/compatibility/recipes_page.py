@@ -8,6 +8,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import backing
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 PAGE, README = ROOT / "docs/compatibility.md", ROOT / "README.md"
@@ -88,7 +90,7 @@ def _checkout(checkout: dict, verl: str) -> list[str]:
         name = "does not compose" if engine == "?" else f"`{engine}`"
         lines.append(f"| {name} | {_of(counts(of_it, True))} | {_of(counts(of_it, False))} |")
     lines.append(f"| together | {_of(counts(checkout, True))} | {_of(counts(checkout, False))} |")
-    lines += ["", *_reasons(recipes)]
+    lines += ["", *_reasons(recipes), "", *_backing(recipes)]
     lines += [
         "",
         f"{len(mended)} of them do not compose on verl {verl} as they stand, with their own estimator neither: they are newer or",
@@ -120,12 +122,32 @@ def _reasons(recipes: list[dict]) -> list[str]:
     return ["| refused for (a script may have several) | plain GRPO | others |", "| --- | --- | --- |", *rows]
 
 
+def _backing(recipes: list[dict]) -> list[str]:
+    """What the scripts that take the switch do, and what has gone along that path."""
+    lines = [
+        "What the acceptances rest on. Whole run: by verl, Ray and vLLM; engine: verl's own engine on tiny models, against",
+        "float64 or against FSDP's step; formula: the gradient through verl's loss; driver: a warning says that it has no part.",
+        "",
+        "| what a script has | plain GRPO | others | has run as | in `tests/` |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for path in backing.PATHS:
+        plain, others = (
+            [r for r in recipes if accepted(r) and r["plain"] == kind and path.has(r)] for kind in (True, False)
+        )
+        if plain or others:
+            tests = ", ".join(f"`{test}`" for test in path.tests)
+            seen = "; ".join(text for text in (tests, path.remark) if text)
+            lines.append(f"| {path.name} | {len(plain) or ''} | {len(others) or ''} | {path.level} | {seen} |")
+    return lines
+
+
 def _table(recipes: list[dict]) -> list[str]:
     lines = [
         "<details><summary>Every script</summary>",
         "",
-        "| script | engine | kind | with `vimpo` | left out |",
-        "| --- | --- | --- | --- | --- |",
+        "| script | engine | kind | with `vimpo` | of it not run | left out |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for recipe in sorted(recipes, key=lambda recipe: recipe["script"]):
         verdict = (
@@ -137,7 +159,7 @@ def _table(recipes: list[dict]) -> list[str]:
         more = f" and {len(recipe['mended']) - 3} more" if len(recipe["mended"]) > 3 else ""
         lines.append(
             f"| {recipe['script'].removeprefix('examples/')} | {recipe['engine']} | {kind(recipe)} | {verdict} "
-            f"| {left_out}{more} |"
+            f"| {'; '.join(backing.not_run(recipe)) if accepted(recipe) else ''} | {left_out}{more} |"
         )
     return [*lines, "", "</details>"]
 
