@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Collects what benchmarks/on_gpu.sh needs beside torch, Triton and transformers, for a machine without a network.
+# Collects what benchmarks/on_gpu.sh needs beside torch, Triton, transformers, pandas and pyarrow, for a machine without a network.
+# The last two are not in it because pyarrow alone would fill it.
 #
 #   bash benchmarks/gpu_bundle.sh FOLDER [VERSION]       wheels of Python VERSION (3.12) on Linux, x86-64, at most 60 MB
 #
@@ -17,7 +18,9 @@ PACKAGES=(
     annotated-types typing-inspection jmespath fastapi starlette python-multipart email-validator dnspython google-auth google-api-core
     googleapis-common-protos proto-plus pyasn1 pyasn1-modules cachetools pydantic-extra-types uvicorn watchfiles sniffio
     opencensus opencensus-context smart-open aiohttp-cors
+    cloudpickle msgpack protobuf requests urllib3 charset-normalizer attrs xxhash pillow peft accelerate
 )
+SOURCE_ONLY=(antlr4-python3-runtime)  # on an index without a wheel; one is built, of Python alone
 PLATFORMS=(manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 manylinux1_x86_64)
 
 mkdir -p "$FOLDER"
@@ -25,6 +28,9 @@ platforms=()
 for platform in "${PLATFORMS[@]}"; do platforms+=(--platform "$platform"); done
 "$PYTHON" -m pip download --quiet --no-deps --only-binary=:all: --python-version "$VERSION" --implementation cp \
     "${platforms[@]}" --constraint "$(dirname "${BASH_SOURCE[0]}")/../constraints.txt" --dest "$FOLDER" "${PACKAGES[@]}"
+
+"$PYTHON" -m pip wheel --quiet --no-deps --constraint "$(dirname "${BASH_SOURCE[0]}")/../constraints.txt" --wheel-dir "$FOLDER" \
+    "${SOURCE_ONLY[@]}"
 
 "$PYTHON" - "$FOLDER" <<'PROGRAM'
 import sys

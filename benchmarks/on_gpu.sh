@@ -7,7 +7,8 @@
 #
 # In turn: the GPU's tests; token statistics against the copy bandwidth of the same run; a step on verl's FSDP engine for GRPO,
 # GRPO with a reference, VIMPO in two passes and in one, at Qwen3's shapes with random weights, with and without fused kernels.
-# Needs torch, Triton, transformers and verl's engine; no vLLM and no Ray cluster. A part that fails does not end the others.
+# Needs torch, Triton, transformers, pandas, pyarrow and verl's engine, which is in the bundle; pytest and hypothesis for the tests;
+# no vLLM and no Ray cluster. A part that fails does not end the others.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
@@ -24,6 +25,11 @@ if [[ -n ${BUNDLE:-} ]]; then
     for wheel in "$BUNDLE"/*.whl; do "$PYTHON" -m zipfile -e "$wheel" "$SITE"; done
     PYTHONPATH+=:$SITE
 fi
+
+for module in torch triton transformers pandas pyarrow pytest hypothesis; do
+    "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$module') is None)" ||
+        echo "on_gpu.sh: $PYTHON has no $module: what needs it will fail" >&2
+done
 
 failed=()
 part() { # NAME SECONDS COMMAND...
