@@ -10,6 +10,7 @@ FSDP does not cast the policy's, and verl stores a model's buffers in model_dtyp
 of 7e-5 nats a token between equal weights. So the reference takes the policy's buffers, which its own would be.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def stored_in(strategy: str, policys: Any) -> str | None:
     own = policys.get("model_dtype")
     stored = torch.float32 if own is None else dtype_of(own)
     mixed_precision = policys.get("mixed_precision") or {}
-    computed = dtype_of(mixed_precision.get("param_dtype", "bf16")) if hasattr(mixed_precision, "get") else None
+    computed = dtype_of(mixed_precision.get("param_dtype", "bf16")) if isinstance(mixed_precision, Mapping) else None
     if strategy in STRATEGIES and stored == torch.float32 and computed in HALF:
         return HALF[computed]
     return "fp32" if own is None else own
