@@ -9,7 +9,7 @@ and reference, p and q their softmaxes and d = z - u,
     KL = a + log(1 + b - a)
 
 and where delta is far from 0, p exp(-delta) is exp(log q + k), k = logsumexp(u) - logsumexp(z) + c. A large KL is the plain
-sum. Log-probs and entropy are torch's, in float32: to some 1e-6 nats.
+sum. Log-probs and entropy are torch's, in float32: to some 1e-6 nats, the entropy of 151,936 entries to some 1e-5 of it.
 """
 
 import math
