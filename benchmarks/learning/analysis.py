@@ -152,7 +152,12 @@ def share_of_rollouts(grid: str, with_one_update: str, batches: int, window: int
 def _smooth_curve(results: dict[int, dict], window: int) -> np.ndarray:
     """[batches - window + 1]: the mean reward of `window` batches in a row, over seeds."""
     mean = np.mean([result["rewards"] for result in results.values()], axis=0)
-    return np.convolve(mean, np.ones(window) / window, mode="valid")
+    return smoothed(mean, window)
+
+
+def smoothed(curve: np.ndarray, window: int) -> np.ndarray:
+    """[n] -> [n - window + 1]: the mean of every `window` values in a row."""
+    return np.convolve(curve, np.ones(window) / window, mode="valid")
 
 
 def _mean_accuracy(results: dict[int, dict]) -> float:

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.learning.analysis import by_trial, load, mean_interval
+from benchmarks.learning.analysis import by_trial, load, mean_interval, smoothed
 
 COLOURS = {
     "GRPO": "#7f7f7f",
@@ -35,7 +35,7 @@ def curves(grid: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for trial, results in sorted(by_trial(load(grid)).items(), key=lambda item: item[0].label):
         rewards = np.array([result["rewards"] for result in results.values()])
-        smooth = np.stack([np.convolve(row, np.ones(5) / 5, mode="valid") for row in rewards])
+        smooth = np.stack([smoothed(row, 5) for row in rewards])
         middle, low, high = np.array([mean_interval(column) for column in smooth.T]).T
         batches = np.arange(len(middle)) + 3
         colour = COLOURS[trial.label]
