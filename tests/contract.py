@@ -61,6 +61,7 @@ CONTRACT = {
         ("verl.workers.config:PolicyLossConfig", Derives("verl_patches.policy_loss_config:VimpoPolicyLossConfig")),
         ("verl:__version__", Holds(())),
         # the reference's precision
+        (f"{ENGINE}._build_model_optimizer", Mentions(("pass_packed_cu_seqlens", "cu_seqlens"))),
         (f"{ENGINE}._build_fsdp_module", Mentions(("mixed_precision", "param_dtype", "buffer_dtype"))),
         (f"{ENGINE}._build_module", Mentions(("model_dtype",))),
         (f"{ENGINE}._build_model_optimizer", Mentions(("forward_only", "_apply_qat"))),
