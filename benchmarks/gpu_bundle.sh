@@ -10,7 +10,8 @@ set -euo pipefail
 
 FOLDER=${1:?gpu_bundle.sh: name the folder to write}
 VERSION=${2:-3.12}
-PYTHON=${PYTHON:-python3}
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=${PYTHON:-$ROOT/.venv/bin/python}  # with torch: flash-attn's sources ask for it
 LIMIT_MB=60
 PACKAGES=(
     verl tensordict pyvers codetiming datasets dill multiprocess hydra-core omegaconf ray torchdata
@@ -28,9 +29,9 @@ mkdir -p "$FOLDER"
 platforms=()
 for platform in "${PLATFORMS[@]}"; do platforms+=(--platform "$platform"); done
 "$PYTHON" -m pip download --quiet --no-deps --only-binary=:all: --python-version "$VERSION" --implementation cp \
-    "${platforms[@]}" --constraint "$(dirname "${BASH_SOURCE[0]}")/../constraints.txt" --dest "$FOLDER" "${PACKAGES[@]}"
+    "${platforms[@]}" --constraint "$ROOT/constraints.txt" --dest "$FOLDER" "${PACKAGES[@]}"
 
-"$PYTHON" -m pip wheel --quiet --no-deps --constraint "$(dirname "${BASH_SOURCE[0]}")/../constraints.txt" --wheel-dir "$FOLDER" \
+"$PYTHON" -m pip wheel --quiet --no-deps --constraint "$ROOT/constraints.txt" --wheel-dir "$FOLDER" \
     "${SOURCE_ONLY[@]}"
 
 sources=$(mktemp -d)
