@@ -6,14 +6,14 @@
 
 With a fifth of the groups flipped each side has the learning rate and the KL loss's weight that were best of six on other seeds
 (101 to 103), in the study's plain loop with the same model and steps (`tune_qwen3_noise_20`, docs/study.md). A cell's folders are
-what `vimpo compare outputs/headline/CELL/*` takes: runs that differ in the seed only are one side.
+what `vimpo compare outputs/headline/CELL/*` takes: runs that differ in the seed only are one side. One run at a time: two on one
+machine would need a /tmp of their own (docs/troubleshooting.md).
 """
 
 import argparse
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -127,15 +127,13 @@ def main() -> int:
     run.add_argument("cell", choices=CELLS)
     run.add_argument("--arms", nargs="+")
     run.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    run.add_argument("--at-once", type=int, default=1, help="runs side by side, of some 5 GB each")
     commands.add_parser("collect")
     args = parser.parse_args()
     if args.command == "collect":
         report.save("GRPO and VIMPO through verl and vLLM", collect(args.out), RESULTS, cells=described())
         return 0
     arms = args.arms or list(CELLS[args.cell].arms)
-    with ThreadPoolExecutor(args.at_once) as pool:
-        ends = list(pool.map(lambda job: start(args.out, args.cell, *job), [(a, s) for s in args.seeds for a in arms]))
+    ends = [start(args.out, args.cell, arm, seed) for seed in args.seeds for arm in arms]
     return max(ends)
 
 
