@@ -114,7 +114,9 @@ def layers_of(config, vp_stage=None):
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = PackedAttention
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-        if config.qk_layernorm:
+        if config.multi_latent_attention:
+            attention.q_layernorm = attention.kv_layernorm = Norm
+        elif config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = Norm
         if config.num_moe_experts:
             layer.submodules.mlp.submodules.experts = Experts
