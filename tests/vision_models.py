@@ -51,6 +51,7 @@ def configuration(kind: str):
         "vocab_size": VOCABULARY + 8, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2,
         "bos_token_id": 0, "eos_token_id": EOS, "pad_token_id": EOS, "rope_parameters": rope,
+        "tie_word_embeddings": False,  # Megatron-Bridge asks the text's configuration
     }  # fmt: skip
     vision = {
         "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "in_channels": 3, "patch_size": 4,
@@ -120,19 +121,22 @@ def steps_on_rank(rank: int, models: Path, samples: list[Sample], settings: list
 
 
 def _step(models: Path, samples: list[Sample], setting: Setting) -> dict:
+    import verl.workers.engine.fsdp.transformer_impl as implementation
+
     with attention_without_flash():
         workers = make_workers(models, setting)
-        with counted_images() as count:
+        with counted_images(implementation) as count:
             result: StepResult = run_step(models, setting, samples, workers)
         _, one_pass = run_step_both_ways(models, setting, samples, workers)
     return {"result": result, "one_pass": one_pass, "images": count}
 
 
 @contextmanager
-def counted_images():
-    """Counts what verl's engine does with images: `built`, its calls that found some; `seen`, forwards of a vision tower."""
-    import verl.workers.engine.fsdp.transformer_impl as implementation
+def counted_images(implementation):
+    """Counts what verl's engine does with images: `built`, its calls that found some; `seen`, forwards of a vision tower.
 
+    implementation: the module of verl's engine.
+    """
     count = {"built": 0, "seen": 0}
     original = implementation.extract_multi_modal_inputs
 
