@@ -266,7 +266,10 @@ class Experts(torch.nn.Module):
     def __init__(self, num_local_experts, config, *_, **__):
         super().__init__()
         self.number, inner = num_local_experts, config.moe_ffn_hidden_size
-        self.linear_fc1, self.linear_fc2 = torch.nn.Module(), torch.nn.Module()
+        # Megatron-Bridge goes by the names of Transformer Engine's classes.
+        self.linear_fc1, self.linear_fc2 = (
+            type(f"TE{kind}ParallelGroupedLinear", (torch.nn.Module,), {})() for kind in ("Column", "Row")
+        )
         shapes = {self.linear_fc1: (2 * inner, config.hidden_size), self.linear_fc2: (config.hidden_size, inner)}
         for layer, shape in shapes.items():
             for i in range(num_local_experts):

@@ -57,15 +57,16 @@ def _vision_tower() -> None:
     model.Qwen3VLVisionModelHF = VisionModel
 
 
-def steps_on_rank(rank: int, models: Path, samples: list, settings: list[MegatronSetting]) -> list[dict]:
-    """For each setting: the StepResult, or with equal models the joint pass's rows, and how often images were put together."""
+def steps_on_rank(rank: int, cases: list[tuple[Path, list, MegatronSetting]]) -> list[dict]:
+    """For each (models, samples, setting): the StepResult, or with equal models the joint pass's rows, and how often images were
+    put together."""
     install()
     import megatron_on_cpu
     import verl.workers.engine.megatron.transformer_impl as implementation
     from vision_models import counted_images
 
     results = []
-    for setting in settings:
+    for models, samples, setting in cases:
         workers = make_megatron_workers(models, setting)
         with counted_images(implementation) as count:
             if setting.equal_models:
