@@ -36,6 +36,7 @@ class Setting:
     lora_rank: int = 0
     router_replay: bool = False
     routes: dict | None = None  # sample -> experts of each token, of the rollout
+    model_config: dict = field(default_factory=dict)  # what is other than the model's own configuration says
     # What does change the result:
     temperature: float = 1.0
     mini_batches: int = 1
@@ -126,7 +127,7 @@ def make_worker(worker_cls, path: Path, setting: Setting, forward_only: bool):
                 lora_rank=0 if forward_only else setting.lora_rank,
                 target_modules="all-linear",
                 enable_gradient_checkpointing=setting.gradient_checkpointing,
-                override_config={"attn_implementation": attention},
+                override_config={"attn_implementation": attention, **setting.model_config},
             ),
             engine_config=FSDPEngineConfig(
                 strategy=setting.strategy,
@@ -416,7 +417,8 @@ class recorded_gradients:
         step = self.engine.optimizer_step
 
         def optimizer_step():
-            self.into.append(_full(self.engine, _gradient))
+            scale = _loss_scale(self.engine)
+            self.into.append(_full(self.engine, lambda parameter: _gradient(parameter) / scale))
             return step()
 
         self.engine.optimizer_step = optimizer_step
@@ -429,6 +431,11 @@ def _gradient(parameter: torch.Tensor) -> torch.Tensor:
     if hasattr(parameter, "main_grad"):  # Megatron's
         return parameter.main_grad
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # None: frozen, under LoRA
+
+
+def _loss_scale(engine) -> float:
+    """What Megatron multiplies the loss with in float16, until its optimiser divides the gradients by it."""
+    return engine.optimizer.get_loss_scale().item() if hasattr(engine.optimizer, "get_loss_scale") else 1.0
 
 
 def parameters_of(engine) -> dict[str, torch.Tensor]:
