@@ -10,7 +10,8 @@ set -euo pipefail
 
 FOLDER=${1:?gpu_bundle.sh: name the folder to write}
 VERSION=${2:-3.12}
-PYTHON=${PYTHON:-python3}
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=${PYTHON:-$ROOT/.venv/bin/python}  # with torch: flash-attn's sources ask for it
 LIMIT_MB=60
 PACKAGES=(
     verl tensordict pyvers codetiming datasets dill multiprocess hydra-core omegaconf ray torchdata
@@ -21,21 +22,35 @@ PACKAGES=(
     cloudpickle msgpack protobuf requests urllib3 charset-normalizer attrs xxhash pillow peft accelerate
 )
 SOURCE_ONLY=(antlr4-python3-runtime)  # on an index without a wheel; one is built, of Python alone
+FLASH_ATTN=flash-attn==2.8.3  # of its sources the cross entropy in Triton, which verl takes log-probs with on a GPU
 PLATFORMS=(manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 manylinux1_x86_64)
 
 mkdir -p "$FOLDER"
 platforms=()
 for platform in "${PLATFORMS[@]}"; do platforms+=(--platform "$platform"); done
 "$PYTHON" -m pip download --quiet --no-deps --only-binary=:all: --python-version "$VERSION" --implementation cp \
-    "${platforms[@]}" --constraint "$(dirname "${BASH_SOURCE[0]}")/../constraints.txt" --dest "$FOLDER" "${PACKAGES[@]}"
+    "${platforms[@]}" --constraint "$ROOT/constraints.txt" --dest "$FOLDER" "${PACKAGES[@]}"
 
-"$PYTHON" -m pip wheel --quiet --no-deps --constraint "$(dirname "${BASH_SOURCE[0]}")/../constraints.txt" --wheel-dir "$FOLDER" \
+"$PYTHON" -m pip wheel --quiet --no-deps --constraint "$ROOT/constraints.txt" --wheel-dir "$FOLDER" \
     "${SOURCE_ONLY[@]}"
 
-"$PYTHON" - "$FOLDER" <<'PROGRAM'
+sources=$(mktemp -d)
+trap 'rm -rf "$sources"' EXIT
+FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE "$PYTHON" -m pip download --quiet --no-deps --no-build-isolation --no-binary=flash-attn \
+    --dest "$sources" "$FLASH_ATTN"
+
+"$PYTHON" - "$FOLDER" "$sources" <<'PROGRAM'
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
+
+(archive,) = Path(sys.argv[2]).glob("flash_attn-*.tar.gz")
+MODULE = "flash_attn/ops/triton/cross_entropy.py"
+with tarfile.open(archive) as sources, zipfile.ZipFile(Path(sys.argv[1], f"{archive.name[:-7]}-py3-none-any.whl"), "w") as wheel:
+    for folder in Path(MODULE).parents[:-1]:
+        wheel.writestr(f"{folder}/__init__.py", "")  # theirs import what was compiled
+    wheel.writestr(MODULE, sources.extractfile(f"{archive.name[:-7]}/{MODULE}").read())
 
 DROPPED = ("ray/jars/", "ray/core/src/", "ray/rllib/", "ray/dashboard/client/")
 for wheel in Path(sys.argv[1]).glob("ray-*.whl"):

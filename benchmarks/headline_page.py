@@ -22,7 +22,7 @@ TITLES = {
 }
 NAMES = {
     "grpo": "GRPO",
-    "grpo-kl-loss": "GRPO, KL loss 0.3",
+    "grpo-kl-loss": "GRPO, KL loss 0.1",
     "vimpo": "VIMPO",
 }
 COLOURS = {"grpo": "tab:orange", "grpo-kl-loss": "tab:orange", "vimpo": "tab:blue"}

@@ -50,13 +50,15 @@ def compiled(name: str, dtype: str, capability: int, temperature: bool):
     }
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
     constants = {"HAS_TEMPERATURE": temperature, "BLOCK": block}
+    if name == "usual":
+        constants["STAGES"] = usual.STAGES
     source = triton.compiler.ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": warps, **usual.COMPILER_OPTIONS}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def machine_code(cubin: bytes) -> tuple[list[str], dict[str, int]]:
-    """Instructions of the loops over the vocabulary (the careful kernel has two); REG, STACK, ... of a thread."""
+    """Instructions of the innermost loops, those over the vocabulary, of which the careful kernel has two; REG, STACK, ..."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -69,10 +71,14 @@ def machine_code(cubin: bytes) -> tuple[list[str], dict[str, int]]:
             labels[label[1]] = len(instructions)
         if instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", line):
             instructions.append(instruction[1])
+    loops = []
     for end, instruction in enumerate(instructions):
         target = re.search(r"BRA.*(\.L_x_\d+)", instruction)
         if target and labels.get(target[1], end) < end:
-            in_loops += instructions[labels[target[1]] : end + 1]
+            loops.append((labels[target[1]], end))
+    for start, end in loops:
+        if not any(start <= first and last < end for first, last in loops):  # the one around it reads a row again
+            in_loops += instructions[start : end + 1]
     return in_loops, resources
 
 

@@ -5,7 +5,7 @@
 #   BUNDLE=FOLDER bash benchmarks/on_gpu.sh OUT           with the wheels of benchmarks/gpu_bundle.sh
 #   SMALL=1 bash benchmarks/on_gpu.sh OUT                 shapes for a CPU, to see that it runs
 #
-# In turn: the GPU's tests; token statistics against the copy bandwidth of the same run; a step on verl's FSDP engine for GRPO,
+# In turn: the GPU's tests; token statistics against the copy bandwidth of the same run, and with other launch settings; a step on verl's FSDP engine for GRPO,
 # GRPO with a reference, VIMPO in two passes and in one, at Qwen3's shapes with random weights, with and without fused kernels.
 # Needs torch, Triton, transformers, pandas, pyarrow and verl's engine, which is in the bundle; pytest and hypothesis for the tests;
 # no vLLM and no Ray cluster. A part that fails does not end the others.
@@ -18,7 +18,7 @@ SMALL=${SMALL:-0}
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 VERL_USE_EXTERNAL_MODULES=vimpo_verl.plugin,verl_patches.cpu
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 HF_HUB_OFFLINE=1 VERL_USE_EXTERNAL_MODULES=vimpo_verl.plugin,verl_patches.cpu
 if [[ -n ${BUNDLE:-} ]]; then
     SITE=$(mktemp -d)
     trap 'rm -rf "$SITE"' EXIT
@@ -36,7 +36,7 @@ part() { # NAME SECONDS COMMAND...
     local name=$1 seconds=$2 status=0
     shift 2
     echo "== $name"
-    timeout "$seconds" "$@" || status=$?
+    timeout --signal=ABRT --kill-after=10 "$seconds" "$@" || status=$?  # with PYTHONFAULTHANDLER it says where it was
     case $status in
         0) ;;
         124) failed+=("$name: not done within $seconds seconds") ;;
@@ -58,6 +58,9 @@ else
         tests/test_triton_kernel.py tests/test_token_statistics.py tests/test_exact_kl.py
 fi
 part "token statistics" "$limit" "$PYTHON" benchmarks/kl_function.py "${statistics[@]}" --json "$OUT/kl_function_gpu.json"
+if [[ $SMALL != 1 ]]; then  # Triton's interpreter has no launch settings
+    part "launch settings" "$limit" "$PYTHON" benchmarks/kernel_settings.py --json "$OUT/kernel_settings_gpu.json"
+fi
 for shape in "${shapes[@]}"; do
     for fused in 0 1; do
         part "a step, $shape, fused $fused" "$limit" "$PYTHON" benchmarks/engine_step.py "${step[@]}" --shape "$shape" --fused "$fused" \

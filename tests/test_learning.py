@@ -283,6 +283,22 @@ def test_the_table_takes_differences_by_seed(monkeypatch):
         analysis.table("any", "VIMPO, value loss")
 
 
+def test_the_table_of_axes_has_a_row_a_point_and_pairs_by_seed(monkeypatch):
+    def point(staleness: int, ahead: float) -> dict[Setting, list[float]]:
+        at = {seed: {"seed": seed, "staleness": staleness, "flip_prob": 0.2} for seed in (1, 2)}
+        return {Setting("grpo", **at[seed]): [0.1 * seed] for seed in at} | {
+            Setting("vimpo", coeff=1.0, **at[seed]): [0.1 * seed + ahead] for seed in at
+        }
+
+    results = {"axis_a": results_of(point(1, 0.2)), "axis_b": results_of(point(4, -0.1))}
+    monkeypatch.setattr(analysis, "load", lambda grid: results[grid])
+    lines = analysis.axis_table(results, "VIMPO, value loss").splitlines()
+    assert lines[2] == "| staleness 1, flip_prob 0.2 | 2 | 0.35 | 0.15 | +0.200 (+0.200 to +0.200) |"
+    assert lines[3] == "| staleness 4, flip_prob 0.2 | 2 | 0.05 | 0.15 | -0.100 (-0.100 to -0.100) |"
+    with pytest.raises(ValueError, match="no arm 'PACS'"):
+        analysis.axis_table(results, "PACS")
+
+
 def test_the_share_of_rollouts(monkeypatch):
     """The rival is at 0.4 after the 4th batch; the oracle, which is better, is none. With 4 updates: there at the 2nd."""
     one_update = results_of({

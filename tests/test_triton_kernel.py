@@ -2,7 +2,8 @@
 
 Log-probs to 1e-6, entropy and KL to 1e-5; the KL of half precision to 1e-4, against the formula on those same values. On random
 and adversarial logits, any vocabulary size, strided rows, per-token temperature. Fresh inputs in every run, outputs poisoned
-before. Each logit is read once; the careful kernel does again the rows that need it, and few others. Not claimed:
+before. A row is read once, or twice where its label is far from the mean of delta; the careful kernel does again the rows that
+need it, and few others. Not claimed:
 speed, which the interpreter says nothing about (benchmarks/kl_function.py; tests/test_kernel_code.py for what is compiled).
 """
 
@@ -171,17 +172,17 @@ def test_temperature_of_each_token(draw):
 @pytest.mark.parametrize("distance", [0.001, 0.1, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_rows_are_done_again_where_the_labels_are_samples(draw, done_again, scale, distance, dtype):
-    """From a flat to a peaked policy. (E_p[delta])^2 is about twice the KL on average, so one in eight is far above it."""
+    """From a flat to a peaked policy. That delta at the label is far from its mean, as it often is, does not count any more."""
     z = scale * draw(64, 5003)
     u = z + distance * draw(64, 5003)
     z, u = z.to(dtype), u.to(dtype)
     assert_agrees(z, u, labels=sampled(z))
     print(f"{dtype}, scale {scale}, distance {distance}: {int(done_again[0].sum())} of 64 done again")
-    assert done_again[0].sum() <= 16
+    assert done_again[0].sum() <= 4
 
 
 def test_odd_rows_are_done_again(draw, done_again):
-    """A label next to impossible for the policy, for the reference; one far from the mean of delta; infinite entries.
+    """A label next to impossible for the policy, for the reference; one far apart where the KL is small; infinite entries.
 
     The last row is the one that is not: its label is the likely token whose delta is nearest to the mean.
     """
@@ -200,31 +201,46 @@ def test_odd_rows_are_done_again(draw, done_again):
     assert done_again[0].tolist() == [True] * 5 + [False]
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="looks into the interpreter")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_logit_is_read_once(done_again, monkeypatch, dtype):
-    """And that of the label once more, to begin with. No row is done again."""
+@pytest.fixture
+def readings(monkeypatch):
+    """Yields a function: how often each logit of a tensor has been read."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    torch.manual_seed(1)
-    z = (3 * torch.randn(4, 5003)).to(dtype)
-    u = (z + 0.1 * torch.randn(4, 5003)).to(dtype)
     original, addresses = InterpreterBuilder.create_masked_load, []
 
     def create_masked_load(self, ptrs, mask, *rest):
         addresses.append(ptrs.data[numpy.broadcast_to(mask.data, ptrs.data.shape)].ravel())
         return original(self, ptrs, mask, *rest)
 
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", create_masked_load)
-    kernel.triton_token_statistics(z, u, labels := sampled(z), None)
-    assert not done_again[0].any()
-    for logits in (z, u):
+    def count(logits):
         first, size = logits.data_ptr(), logits.element_size()
         inside = [a[(a >= first) & (a < first + logits.nbytes)] for a in addresses]
         counts = numpy.bincount(((numpy.concatenate(inside) - first) // size).astype(int), minlength=logits.numel())
-        expected = numpy.ones((4, 5003), dtype=int)
-        expected[numpy.arange(4), labels] = 2
-        numpy.testing.assert_array_equal(counts.reshape(4, 5003), expected)
+        return counts.reshape(logits.shape)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", create_masked_load)
+    return count
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="looks into the interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_logit_is_read_once_or_twice_where_the_label_is_far_from_the_mean(draw, done_again, readings, dtype):
+    """And that of the label once more, to begin with. No row is done again.
+
+    The labels of rows 0 and 1 are the likely tokens whose delta is nearest to its mean under the policy, and farthest from it.
+    """
+    z = 3 * draw(2, 5003)
+    z, u = z.to(dtype), (z + 0.1 * draw(2, 5003)).to(dtype)
+    delta, likely = z.double() - u.double(), z.topk(100).indices
+    from_mean = (delta.gather(1, likely) - (z.double().softmax(-1) * delta).sum(-1, keepdim=True)).abs()
+    labels = torch.stack([likely[0, from_mean[0].argmin()], likely[1, from_mean[1].argmax()]])
+    u[1, labels[1]] -= delta[1, labels[1]].sign()  # farther yet
+    kernel.triton_token_statistics(z, u, labels, None)
+    assert not done_again[0].any()
+    expected = numpy.array([[1], [2]]).repeat(5003, axis=1)
+    expected[numpy.arange(2), labels] += 1
+    for logits in (z, u):
+        numpy.testing.assert_array_equal(readings(logits), expected)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has its own")

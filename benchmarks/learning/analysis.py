@@ -2,6 +2,7 @@
 
 python -m benchmarks.learning.analysis noise_20             # a Markdown table: how far VIMPO is ahead of every arm
 python -m benchmarks.learning.analysis tune_noise_20        # a Markdown table of every trial
+python -m benchmarks.learning.analysis axis_noise axis_groups   # a Markdown table: every point of these axes
 python -m benchmarks.learning.analysis qwen3_reuse --one-update qwen3_clean   # how many rollouts several updates a batch save
 """
 
@@ -120,6 +121,33 @@ def tuning_table(grid: str) -> str:
     return "\n".join(lines)
 
 
+def axis_table(grids: Iterable[str], reference: str) -> str:
+    """A Markdown table of axes: a point a row, accuracy at the end of every arm, and how far the arm `reference` is ahead.
+
+    Raises:
+        ValueError: a point has an arm with more than one trial, or not the arm `reference`.
+    """
+    points: dict[str, dict[str, dict[int, dict]]] = defaultdict(dict)
+    for grid in grids:
+        for trial, results in by_trial(load(grid)).items():
+            if trial.label in points[trial.point]:
+                raise ValueError(f"{grid} has several trials of {trial.label!r} at {trial.point!r}")
+            points[trial.point][trial.label] = results
+    arms = sorted({label for arms in points.values() for label in arms} - {reference})
+    heads = ["", "seeds", reference, *arms, *(f"ahead of {arm}" for arm in arms)]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for point, found in points.items():
+        if reference not in found:
+            raise ValueError(f"{point!r} has no arm {reference!r}")
+        cells = [point, str(len(found[reference])), f"{_mean_accuracy(found[reference]):.2f}"]
+        cells += [f"{_mean_accuracy(found[arm]):.2f}" if arm in found else "" for arm in arms]
+        cells += [
+            _cell(paired_difference(found[arm], found[reference]), sign=True) if arm in found else "" for arm in arms
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def share_of_rollouts(grid: str, with_one_update: str, batches: int, window: int = 5) -> str:
     """What share of the batches each trial of a grid needs to be where the best rival is with one update a batch.
 
@@ -171,7 +199,7 @@ def _cell(interval: tuple[float, float, float], sign: bool = False) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid")
+    parser.add_argument("grid", nargs="+", help="one, or several axes")
     parser.add_argument(
         "--reference",
         default="VIMPO, value loss",
@@ -182,10 +210,13 @@ def main() -> None:
     )
     parser.add_argument("--batches", type=int, default=20, help="of GRID's best rival")
     args = parser.parse_args()
+    grid = args.grid[0]
     if args.one_update:
-        print(share_of_rollouts(args.grid, args.one_update, args.batches))
-        return
-    print(tuning_table(args.grid) if args.grid.startswith("tune_") else table(args.grid, args.reference))
+        print(share_of_rollouts(grid, args.one_update, args.batches))
+    elif grid.startswith("axis_"):
+        print(axis_table(args.grid, args.reference))
+    else:
+        print(tuning_table(grid) if grid.startswith("tune_") else table(grid, args.reference))
 
 
 if __name__ == "__main__":

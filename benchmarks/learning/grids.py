@@ -110,7 +110,8 @@ def at_the_defaults(condition: str) -> list[Setting]:
     return [best_trial(tied, load(f"tune_{condition}"))] if tied else []
 
 
-# Each axis moves one thing of noise_20, with the settings that were best there and fewer arms and seeds.
+# Each axis moves one thing of a grid, with the settings that were best there and fewer arms and seeds.
+AXIS_CENTRE = "qwen3_noise_20"
 AXIS_ARMS = ("GRPO", "GRPO, KL loss", "KL in the reward", "VIMPO, value loss")
 AXIS_SEEDS = range(1, 6)
 AXES: dict[str, list[dict]] = {
@@ -123,8 +124,8 @@ AXES: dict[str, list[dict]] = {
 
 
 def axis(name: str) -> list[Setting]:
-    """Points of an axis, away from noise_20; that grid has the centre."""
-    best = chosen("noise_20")
+    """Points of an axis, away from its centre, which that grid has."""
+    best = chosen(AXIS_CENTRE)
     trials = [replace(best[label], **point) for label in AXIS_ARMS if best for point in AXES[name]]
     return each(trials, AXIS_SEEDS)
 

@@ -82,3 +82,10 @@ class Setting:
         parts += [f"tie {self.coeff:g}"] if self.coeff > 0 else []
         parts += [f"{self.updates} updates"] if self.updates > 1 else []
         return ", ".join(parts)
+
+    @property
+    def point(self) -> str:
+        """What differs from the centre beside arm, trial and seed: where on an axis it is."""
+        tuned = ("arm", "lr", "coeff", "alpha", "trust", "kappa", "form", "model", "seed")
+        moved = [f for f in fields(self) if f.name not in tuned and getattr(self, f.name) != f.default]
+        return ", ".join(f"{f.name} {getattr(self, f.name)}" for f in moved) or "the centre"
