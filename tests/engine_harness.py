@@ -34,6 +34,7 @@ class Setting:
     sp_size: int = 1
     use_fused_kernels: bool = False
     lora_rank: int = 0
+    attention: str = "sdpa"  # transformers' name
     router_replay: bool = False
     routes: dict | None = None  # sample -> experts of each token, of the rollout
     # What does change the result:
@@ -62,7 +63,7 @@ def make_models(folder: Path, tied: bool = False, layers: int = 2) -> None:
         bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS, initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(0)
-    _save_near_each_other(Qwen3ForCausalLM(config), folder)
+    save_near_each_other(Qwen3ForCausalLM(config), folder)
 
 
 def make_moe_models(folder: Path) -> None:
@@ -75,10 +76,11 @@ def make_moe_models(folder: Path) -> None:
         head_dim=8, max_position_embeddings=512, bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS, initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(0)
-    _save_near_each_other(Qwen3MoeForCausalLM(config), folder)
+    save_near_each_other(Qwen3MoeForCausalLM(config), folder)
 
 
-def _save_near_each_other(model, folder: Path) -> None:
+def save_near_each_other(model, folder: Path) -> None:
+    """Write the model as `policy`, and as `ref` with every parameter moved a little."""
     model.save_pretrained(folder / "policy")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -108,7 +110,7 @@ def make_worker(worker_cls, path: Path, setting: Setting, forward_only: bool):
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
 
-    attention = ulysses_on_cpu.register() if setting.sp_size > 1 else "sdpa"
+    attention = ulysses_on_cpu.register() if setting.sp_size > 1 else setting.attention
     dynamic = setting.micro_batch_size is None
     if setting.adam_eps is None:
         optimizer = {"optimizer": "SGD"}
