@@ -148,6 +148,8 @@ CONTRACT = {
         (f"{WORKERS}:TrainingWorker.train_mini_batch", Mentions(("train_batch", "mini_batch_size", "epochs"))),
         (f"{WORKERS}:TrainingWorker.train_batch", Parameters(("self", "data"))),
         (f"{WORKERS}:TrainingWorker.train_batch", Mentions(("loss_fn", "use_fused_kernels"))),
+        # packed sequences (policy_model)
+        (f"{ENGINE}._build_model_optimizer", Mentions(("pass_packed_cu_seqlens", "cu_seqlens"))),
         (f"{WORKERS}:TrainingWorker.infer_batch", Parameters(("self", "data"))),
         (f"{WORKERS}:TrainingWorker.infer_batch", Mentions(("compute_loss", "loss_fn", "no_lora_adapter"))),
         (f"{WORKERS}:TrainingWorker.set_loss_fn", Called(2)),

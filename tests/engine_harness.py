@@ -34,9 +34,9 @@ class Setting:
     sp_size: int = 1
     use_fused_kernels: bool = False
     lora_rank: int = 0
+    attention: str = "sdpa"  # transformers' name
     router_replay: bool = False
     routes: dict | None = None  # sample -> experts of each token, of the rollout
-    model_config: dict = field(default_factory=dict)  # what is other than the model's own configuration says
     # What does change the result:
     temperature: float = 1.0
     mini_batches: int = 1
@@ -63,7 +63,7 @@ def make_models(folder: Path, tied: bool = False, layers: int = 2) -> None:
         bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS, initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(0)
-    _save_near_each_other(Qwen3ForCausalLM(config), folder)
+    save_near_each_other(Qwen3ForCausalLM(config), folder)
 
 
 def make_moe_models(folder: Path) -> None:
@@ -76,10 +76,11 @@ def make_moe_models(folder: Path) -> None:
         head_dim=8, max_position_embeddings=512, bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS, initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(0)
-    _save_near_each_other(Qwen3MoeForCausalLM(config), folder)
+    save_near_each_other(Qwen3MoeForCausalLM(config), folder)
 
 
-def _save_near_each_other(model, folder: Path) -> None:
+def save_near_each_other(model, folder: Path) -> None:
+    """Write the model as `policy`, and as `ref` with every parameter moved a little."""
     model.save_pretrained(folder / "policy")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -109,7 +110,7 @@ def make_worker(worker_cls, path: Path, setting: Setting, forward_only: bool):
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
 
-    attention = ulysses_on_cpu.register() if setting.sp_size > 1 else "sdpa"
+    attention = ulysses_on_cpu.register() if setting.sp_size > 1 else setting.attention
     dynamic = setting.micro_batch_size is None
     if setting.adam_eps is None:
         optimizer = {"optimizer": "SGD"}
@@ -127,7 +128,7 @@ def make_worker(worker_cls, path: Path, setting: Setting, forward_only: bool):
                 lora_rank=0 if forward_only else setting.lora_rank,
                 target_modules="all-linear",
                 enable_gradient_checkpointing=setting.gradient_checkpointing,
-                override_config={"attn_implementation": attention, **setting.model_config},
+                override_config={"attn_implementation": attention},
             ),
             engine_config=FSDPEngineConfig(
                 strategy=setting.strategy,

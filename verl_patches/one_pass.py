@@ -24,8 +24,7 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
 
 from verl_patches.batches import is_padding
-from verl_patches.dropout import dropout_of
-from verl_patches.family_trainer import require_one_output_a_session, say, session_ends
+from verl_patches.family_trainer import require_one_output_a_session, session_ends
 from verl_patches.loss_aggregation import aggregation_weight, mini_batch_size
 from verl_patches.names import (
     ADVANTAGE_MEAN,
@@ -109,29 +108,7 @@ class OnePassTrainer(VimpoTrainer):
                 f"{type(self).__name__} has a _compute_advantage of its own, which may look at log-probs and advantages"
             )
             return Passes(False, why)
-        return self._unless_the_model_has_dropout(passes)
-
-    def _unless_the_model_has_dropout(self, passes: Passes) -> Passes:
-        """One pass takes kappa and td from the update's own forward, which dropout makes another model's.
-
-        Raises:
-            ValueError: one pass is asked for.
-        """
-        found = dropout_of(self.config.actor_rollout_ref.model)
-        if not found:
-            return passes
-        named = ", ".join(f"{key}={value:g}" for key, value in found.items())
-        why = f"the model has {named}, which acts in the update's forward and not in a pass before it"
-        off = "switch it off by " + " ".join(f"+actor_rollout_ref.model.override_config.{key}=0" for key in found)
-        if bypasses_old_log_probs(self.config):
-            say(
-                f"algorithm.rollout_correction.bypass_mode=True, which is one pass: {why}: kappa, values and advantages are "
-                f"noisy, and kl is not 0 at the first step. Write algorithm.rollout_correction.bypass_mode=False, or {off}"
-            )
-            return passes
-        if self.knobs.passes == "one":
-            raise ValueError(f"{SECTION}.passes=one: {why}; write {SECTION}.passes=auto, or {off}")
-        return Passes(False, why)
+        return passes
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """As verl's, in two passes; with bypass_mode the rollout's log-probs; else nothing: the update has them."""

@@ -16,7 +16,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.profiler import DistProfiler
 from verl.workers.engine_workers import TrainingWorker
 
-from verl_patches import reference_precision, reference_refresh
+from verl_patches import policy_model, reference_precision, reference_refresh
 from verl_patches.family_worker import FamilyWorker
 from verl_patches.fused_head import fused_heads
 from verl_patches.joint_pass import joint_infer_batch
@@ -31,7 +31,7 @@ class VimpoTrainingWorker(TrainingWorker):
     """verl's worker of the policy, with VIMPO's loss."""
 
     def use_vimpo_loss(self, knobs: VimpoConfig, reference: TrainingWorker | AdaptersOff) -> None:
-        """Add L_V to the loss function that verl has set.
+        """Add L_V to the loss function that verl has set, and fit the model to it (verl_patches.policy_model).
 
         Args:
             knobs: VIMPO's configuration.
@@ -41,6 +41,7 @@ class VimpoTrainingWorker(TrainingWorker):
         self.kappa_in_update = knobs.kappa_policy == "current" and knobs.kl_estimator in ("exact", "topk")
         self.through_kappa = not knobs.kappa_detach
         self.set_loss_fn(VimpoLoss(self.loss_fn, knobs, reference.engine))
+        policy_model.fit(self)
 
     def train_mini_batch(self, data: TensorDict) -> TensorDict:
         """The updates on a batch; arguments and result are verl's, in one pass with the batch's `vimpo/` metrics."""

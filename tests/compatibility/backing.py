@@ -65,9 +65,20 @@ _FSDP = ("fsdp", "fsdp2", "fsdp_turbo")
 _LORA = (f"{M}.lora_rank", f"{M}.lora.rank")
 _ULYSSES = (f"{A}.ulysses_sequence_parallel_size", f"{A}.fsdp_config.ulysses_sequence_parallel_size")
 _IMAGES = r"_vl_|glm4_1v|minicpm_o|infigui|deepeyes"
+_OTHER_ON_FSDP = r"mistral|seed_oss|gpt_oss|qwen3_?next"
 _OTHER_MODELS = (
     r"deepseek|dspk|glm4|glm5|gpt_oss|hy_v3|kimi|minicpm|mistral|moonlight|nemotron|qwen3_5|qwen3_?next|seed_oss|mimo"
 )
+
+
+def _ulysses_beside(pattern: str) -> Callable[[dict], bool]:
+    named = _named(pattern, *_FSDP)
+    return lambda recipe: named(recipe) and _larger_than_1(*_ULYSSES)(recipe)
+
+
+def _other_model_not_run(recipe: dict) -> bool:
+    return _named(_OTHER_MODELS)(recipe) and not _named(_OTHER_ON_FSDP, *_FSDP)(recipe)
+
 
 PATHS = (
     Path("FSDP1 or FSDP2", _on("fsdp", "fsdp2"), "whole run", ("test_end_to_end.py", "test_engine.py", "test_trainer.py")),
@@ -124,9 +135,13 @@ PATHS = (
     Path("images on Megatron (Qwen2.5-VL)", _named(r"qwen2_5_vl", "megatron"), NOT_RUN,
          remark="Megatron-Bridge 0.3.1 and mbridge 0.15.1 read the configuration of transformers 4"),
     Path("images on VeOmni", _named(_IMAGES, "veomni"), NOT_RUN),
-    Path("dropout (Seed-OSS)", _named(r"seed_oss"), "engine", ("test_dropout.py",), "two passes"),
     Path("video", _named(r"video"), NOT_RUN),
-    Path("another architecture than Qwen2.5's and Qwen3's", _named(_OTHER_MODELS), NOT_RUN,
+    Path("Mistral, Seed-OSS, gpt-oss, Qwen3-Next (FSDP)", _named(_OTHER_ON_FSDP, *_FSDP), "engine", ("test_architectures.py",),
+         "without the kernels of fla and of attention with sinks. verl tells Qwen3-Next's linear attention of no packed "
+         "sequences, with any estimator, which is said: right with `use_remove_padding=False`"),
+    Path("Ulysses with Qwen3-Next or gpt-oss", _ulysses_beside(r"gpt_oss|qwen3_?next"), NOT_RUN,
+         remark="verl splits heads and sequences for attention alone, not Qwen3-Next's linear attention or gpt-oss's sinks"),
+    Path("another architecture than Qwen2.5's and Qwen3's", _other_model_not_run, NOT_RUN,
          remark="the joint pass sees the logits or the last hidden states, whatever model makes them"),
 )  # fmt: skip
 
