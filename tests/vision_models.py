@@ -43,14 +43,15 @@ class Image:
 
 
 def configuration(kind: str):
-    """A configuration of two layers for text and two for vision; kind: "qwen2_5_vl" or "qwen3_vl"."""
-    from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
+    """A configuration of two layers for text and two for vision; kind: "qwen2_5_vl", "qwen3_vl" or "qwen3_vl_moe"."""
+    from transformers import Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     text = {
         "vocab_size": VOCABULARY + 8, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2,
         "bos_token_id": 0, "eos_token_id": EOS, "pad_token_id": EOS, "rope_parameters": rope,
+        "tie_word_embeddings": False,  # Megatron-Bridge asks the text's configuration
     }  # fmt: skip
     vision = {
         "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "in_channels": 3, "patch_size": 4,
@@ -65,7 +66,10 @@ def configuration(kind: str):
         return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
     text |= {"head_dim": 8, "rope_parameters": {**rope, "mrope_interleaved": True}}
     vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
-    return Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
+    if kind == "qwen3_vl":
+        return Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
+    text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    return Qwen3VLMoeConfig(text_config=text, vision_config=vision, **tokens)
 
 
 def make_vision_models(folder: Path, kind: str):
@@ -79,7 +83,21 @@ def make_vision_models(folder: Path, kind: str):
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(folder / "ref")
+    if kind == "qwen3_vl_moe":
+        for name in ("policy", "ref"):
+            _save_experts_as_published(folder / name / "model.safetensors")
     return model
+
+
+def transposed_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """From transformers 5's modules to the layout in which these mixtures are published, or back."""
+    return {name: t.transpose(1, 2).contiguous() if ".experts." in name else t for name, t in tensors.items()}
+
+
+def _save_experts_as_published(file: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file(transposed_experts(load_file(file)), file, metadata={"format": "pt"})
 
 
 def vision_samples(model, kind: str) -> list[Sample]:
@@ -88,7 +106,7 @@ def vision_samples(model, kind: str) -> list[Sample]:
     For Qwen3-VL a whole micro-batch of two: verl 0.9.1 runs the vision tower on a blank image then, and for Qwen2.5-VL that
     fails with transformers 5, for GRPO too. So there it is one of two.
     """
-    text_only = {"qwen3_vl": (2, 3), "qwen2_5_vl": (2,)}[kind]
+    text_only = (2,) if kind == "qwen2_5_vl" else (2, 3)
     generator = torch.Generator().manual_seed(7)
     samples = make_samples()
     for i, sample in enumerate(samples):
@@ -120,19 +138,22 @@ def steps_on_rank(rank: int, models: Path, samples: list[Sample], settings: list
 
 
 def _step(models: Path, samples: list[Sample], setting: Setting) -> dict:
+    import verl.workers.engine.fsdp.transformer_impl as implementation
+
     with attention_without_flash():
         workers = make_workers(models, setting)
-        with counted_images() as count:
+        with counted_images(implementation) as count:
             result: StepResult = run_step(models, setting, samples, workers)
         _, one_pass = run_step_both_ways(models, setting, samples, workers)
     return {"result": result, "one_pass": one_pass, "images": count}
 
 
 @contextmanager
-def counted_images():
-    """Counts what verl's engine does with images: `built`, its calls that found some; `seen`, forwards of a vision tower."""
-    import verl.workers.engine.fsdp.transformer_impl as implementation
+def counted_images(implementation):
+    """Counts what verl's engine does with images: `built`, its calls that found some; `seen`, forwards of a vision tower.
 
+    implementation: the module of verl's engine.
+    """
     count = {"built": 0, "seen": 0}
     original = implementation.extract_multi_modal_inputs
 
