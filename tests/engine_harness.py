@@ -418,7 +418,8 @@ class recorded_gradients:
         step = self.engine.optimizer_step
 
         def optimizer_step():
-            self.into.append(_full(self.engine, _gradient))
+            scale = _loss_scale(self.engine)
+            self.into.append(_full(self.engine, lambda parameter: _gradient(parameter) / scale))
             return step()
 
         self.engine.optimizer_step = optimizer_step
@@ -431,6 +432,11 @@ def _gradient(parameter: torch.Tensor) -> torch.Tensor:
     if hasattr(parameter, "main_grad"):  # Megatron's
         return parameter.main_grad
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # None: frozen, under LoRA
+
+
+def _loss_scale(engine) -> float:
+    """What Megatron multiplies the loss with in float16, until its optimiser divides the gradients by it."""
+    return engine.optimizer.get_loss_scale().item() if hasattr(engine.optimizer, "get_loss_scale") else 1.0
 
 
 def parameters_of(engine) -> dict[str, torch.Tensor]:

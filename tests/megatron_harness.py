@@ -123,6 +123,7 @@ def make_megatron_worker(worker_cls, path, setting: MegatronSetting, forward_onl
         micro_batch_size_per_gpu=setting.micro_batch_size,
         infer_micro_batch_size_per_gpu=setting.micro_batch_size,
         use_distributed_optimizer=setting.distributed_optimizer,
+        dtype={"fp32": "bfloat16", "bf16": "bfloat16", "fp16": "float16"}[setting.dtype],
         **setting.engine,
         **replay,
     )
@@ -140,6 +141,8 @@ def make_megatron_worker(worker_cls, path, setting: MegatronSetting, forward_onl
         optimizer = {"optimizer": "sgd", "override_optimizer_config": {"sgd_momentum": 0.0}}
     else:
         optimizer = {"optimizer": "adam", "override_optimizer_config": {"adam_eps": setting.adam_eps}}
+    if setting.dtype == "fp16":  # verl's choice there, which is Transformer Engine's
+        optimizer["override_optimizer_config"]["use_precision_aware_optimizer"] = False
     worker = worker_cls(
         config=TrainingWorkerConfig(
             model_type="language_model",

@@ -111,16 +111,21 @@ def layers_of(config, vp_stage=None):
     spec = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage)
     spec.layer_norm = Norm
     for layer in spec.layer_specs:
-        attention = layer.submodules.self_attention.submodules
-        attention.core_attention = PackedAttention
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-        if config.multi_latent_attention:
-            attention.q_layernorm = attention.kv_layernorm = Norm
-        elif config.qk_layernorm:
-            attention.q_layernorm = attention.k_layernorm = Norm
-        if config.num_moe_experts:
-            layer.submodules.mlp.submodules.experts = Experts
+        replace_kernels(layer, config.qk_layernorm, bool(config.num_moe_experts))
     return spec
+
+
+def replace_kernels(layer, qk_layernorm: bool, has_experts: bool) -> None:
+    """In the specification of a layer."""
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+    if hasattr(attention, "kv_layernorm"):  # latent attention
+        attention.q_layernorm = attention.kv_layernorm = Norm
+    elif qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = Norm
+    if has_experts:
+        layer.submodules.mlp.submodules.experts = Experts
 
 
 def _experts() -> None:
@@ -194,21 +199,27 @@ def _megatron_bridge() -> None:
     Called once Megatron Core has been imported, which has then seen that there is no Transformer Engine.
     """
     sys.meta_path.append(_TransformerEngine())
-    from megatron.bridge.models.conversion.param_mapping import AutoMapping
     from megatron.bridge.models.qwen.qwen3_bridge import Qwen3Bridge
 
-    original = Qwen3Bridge.mapping_registry
+    know_norms(Qwen3Bridge, "decoder.layers", "model.layers")
+    _adapters()
+
+
+def know_norms(bridge, megatrons: str, published: str) -> None:
+    """Add the norms before layers to a bridge's names; the arguments are where the layers are in either model."""
+    from megatron.bridge.models.conversion.param_mapping import AutoMapping
+
+    original = bridge.mapping_registry
 
     def with_norms(self):
         registry = original(self)
         norms = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
         return type(registry)(
             *registry.mappings,
-            *(AutoMapping(f"decoder.layers.*.{m}.weight", f"model.layers.*.{h}.weight") for m, h in norms.items()),
+            *(AutoMapping(f"{megatrons}.*.{m}.weight", f"{published}.*.{h}.weight") for m, h in norms.items()),
         )
 
-    Qwen3Bridge.mapping_registry = with_norms
-    _adapters()
+    bridge.mapping_registry = with_norms
 
 
 def _adapters() -> None:
@@ -257,7 +268,10 @@ class Experts(torch.nn.Module):
     def __init__(self, num_local_experts, config, *_, **__):
         super().__init__()
         self.number, inner = num_local_experts, config.moe_ffn_hidden_size
-        self.linear_fc1, self.linear_fc2 = torch.nn.Module(), torch.nn.Module()
+        # Megatron-Bridge goes by the names of Transformer Engine's classes.
+        self.linear_fc1, self.linear_fc2 = (
+            type(f"TE{kind}ParallelGroupedLinear", (torch.nn.Module,), {})() for kind in ("Column", "Row")
+        )
         shapes = {self.linear_fc1: (2 * inner, config.hidden_size), self.linear_fc2: (config.hidden_size, inner)}
         for layer, shape in shapes.items():
             for i in range(num_local_experts):

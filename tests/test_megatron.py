@@ -3,11 +3,11 @@
 With the same weights, through mbridge or Megatron-Bridge: old log-probs, entropy, reference log-probs and exact KL of every
 response token, gradients before clipping, parameters after two updates, logged losses. Tensor, sequence, pipeline (also
 interleaved), context, expert and data parallelism, packed and padded, dynamic batches, the fused head, kappa_policy=current,
-sampled KLs, the distributed optimiser, offload. The FSDP engine's step is that of the formula (test_engine.py). With LoRA of
-Megatron-Bridge: the joint pass is verl's own two passes.
+sampled KLs, the distributed optimiser, offload, float16 with its scaled loss. The FSDP engine's step is that of the formula
+(test_engine.py). With LoRA of Megatron-Bridge: the joint pass is verl's own two passes.
 
 On gloo ranks of this machine, with what megatron_on_cpu.py stands in for. Not covered: Transformer Engine, verl's fused kernel
-itself, NCCL, GPUs, grouped kernels of experts, adapters that are loaded.
+itself, its precision-aware optimiser, NCCL, GPUs, grouped kernels of experts, adapters that are loaded.
 """
 
 from dataclasses import replace
@@ -95,12 +95,21 @@ REPLAY = {
     "replay, pipeline": {"pipeline_parallel": 2},
     "replay, given": {"tensor_parallel": 2, "expert_parallel": 2, "engine": {"expert_tensor_parallel_size": 1}},
 }
+# In float16, as verl sets it up there: float32 masters, and the loss scaled by 32768 until the optimiser's step.
+HALF = {"dtype": "fp16"}
+FLOAT16 = {
+    "float16, tensor parallel": {**HALF, **BRIDGE, "tensor_parallel": 2},
+    "float16, tensor parallel, fused head": {**HALF, **BRIDGE, "tensor_parallel": 2, "use_fused_kernels": True},
+    "float16, pipeline, fused head": {**HALF, "pipeline_parallel": 2, "use_fused_kernels": True},
+}
 # Name -> layouts in which policy and reference have the same weights, in bfloat16.
 EQUAL = {
     "tensor parallel": {"tensor_parallel": 2},
     "tensor parallel, fused head": {"tensor_parallel": 2, "use_fused_kernels": True},
     "pipeline": {"pipeline_parallel": 2},
 }
+# And in float16, as a mixture of experts.
+EQUAL_HALF = {**HALF, **REPLAY["replay, given"], "use_fused_kernels": True}
 
 
 def even_samples():
@@ -188,11 +197,14 @@ def found(four_layers, moe_models):
         cases.append((moe_models, MegatronSetting(**once, **layout, routes={} if "given" in name else None)))
     cases.append((moe_models, MegatronSetting(**once, **given, routes={"others": True})))
     cases += [(four_layers, MegatronSetting(equal_models=True, dtype="bf16", **layout)) for layout in EQUAL.values()]
+    cases.append((moe_models, MegatronSetting(equal_models=True, **EQUAL_HALF)))
+    cases += [(four_layers, MegatronSetting(**{**STEP, **layout})) for layout in FLOAT16.values()]
     cases += [
         (four_layers, MegatronSetting(**{**STEP, "lr": 1.0, "lora_rank": 4, **layout})) for layout in LORA.values()
     ]
     by_rank = run_on_ranks(2, megatron_steps, cases)
-    names = [*LAYOUTS, *EXPERTS, *REPLAY, "other routes", *(f"{name}, equal weights" for name in EQUAL), *LORA]
+    names = [*LAYOUTS, *EXPERTS, *REPLAY, "other routes", *(f"{name}, equal weights" for name in EQUAL)]
+    names += ["float16, experts, equal weights", *FLOAT16, *LORA]
     return {name: [results[i] for results in by_rank] for i, name in enumerate(names)}
 
 
@@ -238,9 +250,24 @@ def test_losses_are_logged_as_those_of_the_global_mini_batch(expected, found, la
         assert logged[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-6), name
 
 
-@pytest.mark.parametrize("layout", EQUAL)
+@pytest.mark.parametrize("layout", FLOAT16)
+def test_a_step_in_float16_is_that_in_float32_to_its_rounding(expected, found, layout):
+    """Of which logits of 8 to 16 have 2^-8. The gradients are those that the optimiser has divided by the loss's scale."""
+    wanted = expected[repr({})]
+    for step in found[layout]:
+        for name, rows in wanted.per_token.items():
+            assert (torch.cat(step.per_token[name]) - torch.cat(rows)).abs().max() <= 0.02, name
+        for mine, theirs in zip(step.gradients, wanted.gradients, strict=True):
+            assert distance(mine, theirs) <= 0.01
+        assert distance(step.parameters, wanted.parameters) <= 1e-3
+    logged = next(step.metrics for step in found[layout] if "loss" in step.metrics)
+    for name in ("vimpo/value_loss", "vimpo/actor_loss", "vimpo/kl", "grad_norm"):
+        assert logged[name] == pytest.approx(wanted.metrics[name], rel=0.02, abs=1e-3), name
+
+
+@pytest.mark.parametrize("layout", [*EQUAL, "float16, experts"])
 def test_equal_weights_give_a_kl_of_exactly_zero(found, layout):
-    """In bfloat16, in which the reference's hidden states have been to the host and back."""
+    """In bfloat16 or float16, in which the reference's hidden states have been to the host and back."""
     for rows in found[f"{layout}, equal weights"]:
         kl = torch.cat(rows["token_kl"])
         assert len(kl) > 0 and torch.equal(kl, torch.zeros_like(kl))
@@ -283,8 +310,13 @@ def assert_close(actual, wanted):
 
 
 def assert_same_tensors(actual, wanted):
+    assert distance(actual, wanted) <= TOLERANCE
+
+
+def distance(actual, wanted) -> float:
     """Relative to the norm of them all."""
     assert actual.keys() == wanted.keys()
-    difference = sum((actual[name] - wanted[name]).square().sum() for name in wanted)
+    difference = sum((actual[name].float() - wanted[name]).square().sum() for name in wanted)
     norm = sum(tensor.square().sum() for tensor in wanted.values())
-    assert norm > 0 and (difference / norm).sqrt() <= TOLERANCE
+    assert norm > 0
+    return (difference / norm).sqrt().item()

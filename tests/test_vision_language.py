@@ -41,7 +41,7 @@ KINDS = [
 def steps(request, tmp_path_factory):
     """What the engine and the formula make of the same step: ({setting: step}, formula, samples)."""
     folder = tmp_path_factory.mktemp(request.param)
-    samples = vision_samples(make_vision_models(folder, request.param), request.param)
+    samples = vision_samples(make_vision_models(folder, request.param), request.param, with_video=True)
     expected = engine_formula.step(folder, samples)
     # transformers looks into an embedding of GLM-4.1V's vision tower itself, which FSDP2 has sharded then, for GRPO too.
     strategy = "fsdp" if request.param == "glm4v" else "fsdp2"

@@ -51,7 +51,7 @@ class Image:
 
 
 def configuration(kind: str):
-    """A configuration of two layers for text and two for vision; kind: a key of WITH_VIDEO, or "glm4v"."""
+    """A configuration of two layers for text and two for vision; kind: one of WITH_VIDEO, "qwen3_vl_moe" or "glm4v"."""
     import transformers
 
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
@@ -59,6 +59,7 @@ def configuration(kind: str):
         "vocab_size": VOCABULARY + 8, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2,
         "bos_token_id": 0, "eos_token_id": EOS, "pad_token_id": EOS, "rope_parameters": rope,
+        "tie_word_embeddings": False,  # Megatron-Bridge asks the text's configuration
     }  # fmt: skip
     vision = {
         "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "in_channels": 3, "patch_size": 4,
@@ -76,9 +77,12 @@ def configuration(kind: str):
         return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
     text |= {"head_dim": 8, "rope_parameters": {**rope, "mrope_interleaved": True}}
     vision |= {"num_position_embeddings": 64}
-    if kind == "qwen3_vl":
+    if kind in ("qwen3_vl", "qwen3_vl_moe"):
         vision |= {"deepstack_visual_indexes": [0]}
-        return transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
+        if kind == "qwen3_vl":
+            return transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+        return transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision, **tokens)
     text |= {
         **LINEAR,
         "head_dim": 16,
@@ -101,11 +105,27 @@ def make_vision_models(folder: Path, kind: str):
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(folder / "ref")
+    if kind == "qwen3_vl_moe":
+        for name in ("policy", "ref"):
+            _save_experts_as_published(folder / name / "model.safetensors")
     return model
 
 
-def vision_samples(model, kind: str) -> list[Sample]:
-    """Samples whose prompts begin with one or two images, or a video alone or behind an image, but for some of text alone.
+def transposed_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """From transformers 5's modules to the layout in which these mixtures are published, or back."""
+    return {name: t.transpose(1, 2).contiguous() if ".experts." in name else t for name, t in tensors.items()}
+
+
+def _save_experts_as_published(file: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file(transposed_experts(load_file(file)), file, metadata={"format": "pt"})
+
+
+def vision_samples(model, kind: str, with_video: bool = False) -> list[Sample]:
+    """Samples whose prompts begin with one or two images, but for some of text alone.
+
+    with_video: two begin with a video, alone and behind an image, where the model is one of WITH_VIDEO.
 
     A whole micro-batch of two is of text, where verl 0.9.1 runs the vision tower on a blank image. For Qwen2.5-VL that fails
     with transformers 5, for GRPO too: so there it is one of two.
@@ -119,7 +139,7 @@ def vision_samples(model, kind: str) -> list[Sample]:
                 sample, image=_image(model, sample, kind, [], False)
             )  # verl stores [4, T] positions here, too
             continue
-        video = kind in WITH_VIDEO and i in (5, 6)
+        video = with_video and kind in WITH_VIDEO and i in (5, 6)
         grids = [] if video and i == 6 else GRIDS[: 1 + i % 2]
         tokens = [t for h, w in grids for t in (START, *[IMAGE] * (h * w // MERGE**2), END)] + video * _video_tokens(
             kind
@@ -168,19 +188,22 @@ def steps_on_rank(rank: int, models: Path, samples: list[Sample], settings: list
 
 
 def _step(models: Path, samples: list[Sample], setting: Setting) -> dict:
+    import verl.workers.engine.fsdp.transformer_impl as implementation
+
     with kernels_on_a_cpu():
         workers = make_workers(models, setting)
-        with counted_images() as count:
+        with counted_images(implementation) as count:
             result: StepResult = run_step(models, setting, samples, workers)
         _, one_pass = run_step_both_ways(models, setting, samples, workers)
     return {"result": result, "one_pass": one_pass, "images": count}
 
 
 @contextmanager
-def counted_images():
-    """Counts what verl's engine does with images: `built`, its calls that found some; `seen`, forwards of a vision tower."""
-    import verl.workers.engine.fsdp.transformer_impl as implementation
+def counted_images(implementation):
+    """Counts what verl's engine does with images: `built`, its calls that found some; `seen`, forwards of a vision tower.
 
+    implementation: the module of verl's engine.
+    """
     count = {"built": 0, "seen": 0}
     original = implementation.extract_multi_modal_inputs
 
