@@ -134,7 +134,8 @@ PATHS = (
          "context parallelism for them, which two scripts have"),
     Path("images on Megatron (Qwen2.5-VL)", _named(r"qwen2_5_vl", "megatron"), NOT_RUN,
          remark="Megatron-Bridge 0.3.1 and mbridge 0.15.1 read the configuration of transformers 4"),
-    Path("images on VeOmni", _named(_IMAGES, "veomni"), NOT_RUN),
+    Path("images on VeOmni (Qwen3-VL)", _named(r"qwen3_vl_", "veomni"), "engine",
+         ("test_derived_engines.py::test_a_step_with_images_on_veomni_agrees_with_the_formula",), "and its mixture of experts"),
     Path("video", _named(r"video"), NOT_RUN),
     Path("Mistral, Seed-OSS, gpt-oss, Qwen3-Next (FSDP)", _named(_OTHER_ON_FSDP, *_FSDP), "engine", ("test_architectures.py",),
          "without the kernels of fla and of attention with sinks. verl tells Qwen3-Next's linear attention of no packed "
