@@ -3,7 +3,7 @@
 VeOmni: verl's engine with the real VeOmni, two ranks over gloo, a dense and a mixture-of-experts model: per-token results
 and gradients agree with the formula in float64, with parameters and optimizer offloaded, padding kept, and kappa recomputed
 in the update; and in bfloat16, which is all that verl gives VeOmni, equal weights give a KL of exactly 0. One pass gives the
-gradients of two.
+gradients of two. The same with images: Qwen3-VL and its mixture of experts.
 
 FSDP-Turbo is not on a package index. verl's engine class is run with FSDP2 in the place of the package's sharding
 (fsdp_turbo_stand_in.py): so verl's part is shown to do with VIMPO what it does on FSDP, and the package's is not.
@@ -21,6 +21,7 @@ from engine_samples import make_samples
 from test_engine import assert_gradients_close, assert_step_agrees
 from test_one_pass import assert_same_gradients
 from verl.workers.engine import FSDPEngineWithLMHead, FSDPTurboEngineWithLMHead
+from vision_models import make_vision_models, vision_samples
 
 # What joint pass, update and worker call on an engine, or count on being called by it.
 RELIED_ON = ("prepare_model_inputs", "prepare_model_outputs", "forward_step", "forward_backward_batch", "infer_batch",
@@ -67,16 +68,34 @@ VEOMNI = {
 }
 
 
+# The same with images: kind of model, setting, offloaded.
+VALUE_LOSS = Setting(knobs={"use_actor": False})
+IMAGES = {
+    "images, mixture of experts": ("qwen3_vl_moe", Setting(), False),
+    "images, offloaded, padding kept": ("qwen3_vl", Setting(use_remove_padding=False), True),
+}
+
+
 @pytest.fixture(scope="module")
-def veomni_steps(models, moe_models):
+def vision(tmp_path_factory):
+    """Kind of model -> (folder with a policy and a reference, samples)."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("qwen3_vl", "qwen3_vl_moe")}
+    return {kind: (folder, vision_samples(make_vision_models(folder, kind), kind)) for kind, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def veomni_steps(models, moe_models, vision):
     """Name -> the step of rank 0; all in one pair of processes, because to start one takes longer than its steps."""
     if not veomni_on_cpu.is_there():
         pytest.skip(f"VeOmni is not in {veomni_on_cpu.FOLDER}: bash tests/run.sh --setup puts it there")
-    cases = {name: (models, *case, False) for name, case in VEOMNI.items()}
-    value_loss = Setting(knobs={"use_actor": False})
-    cases |= {"moe": (moe_models, Setting(), False, False), "two passes": (models, value_loss, True, False)}
-    cases |= {"one pass": (models, value_loss, True, True)}
-    results = run_on_ranks(2, veomni_on_cpu.steps_on_rank, list(cases.values()), make_samples())[0]
+    samples = make_samples()
+    cases = {name: (models, samples, *case, False) for name, case in VEOMNI.items()}
+    cases |= {"moe": (moe_models, samples, Setting(), False, False)}
+    cases |= {name: (*vision[kind], *case, False) for name, (kind, *case) in IMAGES.items()}
+    for name, of in {"": (models, samples), "images, ": vision["qwen3_vl_moe"]}.items():
+        cases |= {f"{name}two passes": (*of, VALUE_LOSS, True, False), f"{name}one pass": (*of, VALUE_LOSS, True, True)}
+    cases["images, bfloat16, equal weights"] = (*vision["qwen3_vl_moe"], *VEOMNI["bfloat16, equal weights"], False)
+    results = run_on_ranks(2, veomni_on_cpu.steps_on_rank, list(cases.values()))[0]
     return dict(zip(cases, results, strict=True))
 
 
@@ -89,14 +108,22 @@ def test_a_step_of_a_mixture_of_experts_on_veomni_agrees_with_the_formula(moe_mo
     assert_step_agrees(veomni_steps["moe"], engine_formula.step(moe_models, make_samples()))
 
 
-def test_one_pass_on_veomni_is_two(veomni_steps):
-    one, two = veomni_steps["one pass"], veomni_steps["two passes"]
+@pytest.mark.parametrize("case", IMAGES)
+def test_a_step_with_images_on_veomni_agrees_with_the_formula(vision, veomni_steps, case):
+    folder, samples = vision[IMAGES[case][0]]
+    assert_step_agrees(veomni_steps[case], engine_formula.step(folder, samples))
+
+
+@pytest.mark.parametrize("of", ["", "images, "])
+def test_one_pass_on_veomni_is_two(veomni_steps, of):
+    one, two = veomni_steps[f"{of}one pass"], veomni_steps[f"{of}two passes"]
     assert_same_gradients(one.gradients, two.gradients)
     assert one.metrics["vimpo/kl"] == pytest.approx(two.batch.metrics["vimpo/kl"], rel=1e-5)
 
 
-def test_equal_weights_on_veomni_give_exactly_zero_in_bfloat16(veomni_steps):
-    step = veomni_steps["bfloat16, equal weights"]
+@pytest.mark.parametrize("of", ["", "images, "])
+def test_equal_weights_on_veomni_give_exactly_zero_in_bfloat16(veomni_steps, of):
+    step = veomni_steps[f"{of}bfloat16, equal weights"]
     assert step.metrics["vimpo/kl"] == 0.0
     assert all(
         torch.equal(p, q)

@@ -22,15 +22,21 @@ def is_there() -> bool:
 
 
 def import_engine():
-    """The module of verl's VeOmni engine, with the engine registered for the device cpu; and VeOmni's log quiet."""
+    """The module of verl's VeOmni engine, with the engine registered for the device cpu; and VeOmni's log quiet.
+
+    verl knows the tokens that stand for images by the numbers that published models have; ours have others.
+    """
     if str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
     import logging
 
     import verl.workers.engine.veomni.transformer_impl as implementation
     from verl.workers.engine.base import EngineRegistry
+    from vision_models import IMAGE, VIDEO
 
     logging.disable(logging.INFO)
+    for tokens in implementation.VL_TYPE2INDEX.values():
+        tokens.update(IMAGE_INPUT_INDEX=IMAGE, VIDEO_INPUT_INDEX=VIDEO)
     if "cpu" not in EngineRegistry._engines["language_model"]["veomni"]:
         register = EngineRegistry.register(model_type="language_model", backend=["veomni"], device="cpu")
         register(implementation.VeOmniEngineWithLMHead)
@@ -120,14 +126,14 @@ def make_workers(models: Path, setting: Setting, offload: bool, make=make_worker
     return Workers(actor, ref)
 
 
-def steps_on_rank(rank: int, cases: list[tuple], samples: list) -> list[StepResult]:
-    """A step for each (models, setting, offload, in one pass) of `cases`, one after the other, in this rank's process.
+def steps_on_rank(rank: int, cases: list[tuple]) -> list[StepResult]:
+    """A step for each (models, samples, setting, offload, in one pass) of `cases`, one after the other, in this rank's process.
 
     A setting with dtype="fp32" is computed in float32, one with "bf16" as verl configures VeOmni.
     """
     implementation = import_engine()
     results = []
-    for models, setting, offload, in_one_pass in cases:
+    for models, samples, setting, offload, in_one_pass in cases:
         step = run_one_pass_step if in_one_pass else run_step
         if setting.dtype == "fp32":
             with _in_float32(implementation, make_worker) as make:

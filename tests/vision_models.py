@@ -1,14 +1,13 @@
-"""Tiny Qwen2.5-VL, Qwen3-VL, Qwen3.5 and GLM-4.1V, samples with images and video, and verl's engine on them, for
+"""Tiny Qwen2.5-VL, Qwen3-VL and Qwen3.5, samples with images and video, and verl's engine on them, for
 tests/test_vision_language.py.
 
 verl replaces methods of transformers' classes for these models, for good. So its engine runs in a process of its own here, and
 the float64 reference, which is transformers' own forward, in the process of the test.
 
-`kernels_on_a_cpu` stands in for three things. With padding removed, verl's Qwen2.5-VL and GLM-4.1V call flash-attention whatever
-the configuration says: the same computation in torch's words. Qwen3.5's linear attention has a kernel of fla's that is told where
+`kernels_on_a_cpu` stands in for two things. With padding removed, verl's Qwen2.5-VL calls flash-attention whatever the
+configuration says: the same computation in torch's words. Qwen3.5's linear attention has a kernel of fla's that is told where
 packed sequences begin: transformers' function in torch's words takes the argument and does nothing with it, so verl is shown one
-that does not take it, and splits the sequences itself. verl 0.9.1 takes the output of GLM-4.1V's vision tower for a tensor, as
-it was before transformers 5: it is one here. Qwen3-VL needs nothing.
+that does not take it, and splits the sequences itself. Qwen3-VL needs nothing.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -51,7 +50,7 @@ class Image:
 
 
 def configuration(kind: str):
-    """A configuration of two layers for text and two for vision; kind: one of WITH_VIDEO, "qwen3_vl_moe" or "glm4v"."""
+    """A configuration of two layers for text and two for vision; kind: one of WITH_VIDEO, or "qwen3_vl_moe"."""
     import transformers
 
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
@@ -66,11 +65,6 @@ def configuration(kind: str):
         "spatial_merge_size": MERGE, "temporal_patch_size": 2, "out_hidden_size": 32, "initializer_range": 0.2,
     }  # fmt: skip
     tokens = {"image_token_id": IMAGE, "video_token_id": VIDEO, "tie_word_embeddings": False}
-    if kind == "glm4v":
-        vision |= {"patch_size": 14, "image_size": 56}  # verl's blank image has patches of 14
-        text |= {"rope_parameters": {**rope, "mrope_section": [2, 1, 1]}}
-        tokens |= {"image_start_token_id": START, "image_end_token_id": END}
-        return transformers.Glm4vConfig(text_config=text, vision_config=vision, **tokens)
     tokens |= {"vision_start_token_id": START, "vision_end_token_id": END}
     if kind == "qwen2_5_vl":
         vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
@@ -226,28 +220,21 @@ def counted_images(implementation):
 
 @contextmanager
 def kernels_on_a_cpu():
-    """What the docstring of the module says of flash-attention, fla and GLM-4.1V's vision tower."""
-    import verl.models.transformers.glm4v as verls_glm4v
+    """What the docstring of the module says of flash-attention and fla."""
     import verl.models.transformers.qwen2_vl as verls_qwen2_vl
-    from transformers.models.glm4v.modeling_glm4v import Glm4vVisionModel
     from transformers.models.qwen3_5 import modeling_qwen3_5
     from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
-    delta_rule, tower = modeling_qwen3_5.torch_chunk_gated_delta_rule, Glm4vVisionModel.forward
+    delta_rule = modeling_qwen3_5.torch_chunk_gated_delta_rule
 
     def one_sequence(query, key, value, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel):
         return delta_rule(query, key, value, g, beta, 64, initial_state, output_final_state, use_qk_l2norm_in_kernel)
 
-    def patches_of_images(self, *args, **kwargs):
-        return tower(self, *args, **kwargs).pooler_output
-
     with ExitStack() as stack:
-        for module in (verls_qwen2_vl, verls_glm4v):
-            for name, replacement in _without_flash().items():
-                stack.enter_context(_replaced(module, name, replacement))
+        for name, replacement in _without_flash().items():
+            stack.enter_context(_replaced(verls_qwen2_vl, name, replacement))
         for module in (modeling_qwen3_5, modeling_qwen3_5_moe):
             stack.enter_context(_replaced(module, "torch_chunk_gated_delta_rule", one_sequence))
-        stack.enter_context(_replaced(Glm4vVisionModel, "forward", patches_of_images))
         yield
 
 

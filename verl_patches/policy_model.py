@@ -13,17 +13,20 @@ alone in another way. So a response's log-probs depend on what was packed before
 and it is said, not refused: policy and reference see the same.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+_NOISE = re.compile(r"dropout|pdrop$|drop_path|layerdrop|jitter_noise$|jitter_eps$")  # also of a mixture's router
 _STATEFUL = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "rwkv"}
 _PACKING_BY_POSITIONS = ("fsdp", "fsdp2", "fsdp_turbo")  # VeOmni tells its own models where sequences begin
 
 
 def turn_off_dropout(modules: Iterable[torch.nn.Module]) -> dict[str, float]:
-    """Set every rate of dropout to 0: of torch's layers, of modules that keep their own, and of configurations they look into.
+    """Set every rate of dropout, and of noise in a mixture's router, to 0: of torch's layers, of modules that keep their own, and
+    of configurations they look into.
 
     Args:
         modules: the policy as verl's engine holds it. Changed; so is the configuration that its checkpoints are saved with.
@@ -37,9 +40,7 @@ def turn_off_dropout(modules: Iterable[torch.nn.Module]) -> dict[str, float]:
             found["dropout"] = module.p
             module.p = 0.0
         for owner in (module, getattr(module, "config", None)):
-            for name in [
-                name for name in getattr(owner, "__dict__", ()) if "dropout" in name or name.endswith("pdrop")
-            ]:
+            for name in [name for name in getattr(owner, "__dict__", ()) if _NOISE.search(name)]:
                 rate = getattr(owner, name)
                 if isinstance(rate, float) and rate > 0:
                     found[name] = rate
