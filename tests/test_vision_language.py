@@ -1,9 +1,10 @@
 """Claim: VIMPO's step is right for vision-language models with images and videos, on verl's FSDP engine.
 
 Qwen2.5-VL, Qwen3-VL and Qwen3.5 (whose linear attention is told where packed sequences begin), and, marked slow, Qwen3.5's
-mixture of experts. Per-token results and gradients agree with the formula in float64 over transformers' own
-forward, with padding kept and removed, with fixed and dynamic micro-batches, and with kappa recomputed in the update; the update
-in one pass is that of two. In a batch, prompts with one image, with two, with a video, with both, and with none. Images and videos are put together once for every forward of a model.
+mixture of experts. Per-token results and gradients agree with the formula in float64 over transformers' own forward, with
+padding kept and removed, with fixed and dynamic micro-batches, and with kappa recomputed in the update; the update
+in one pass is that of two. In a batch, prompts with one image, with two, with a video, with both, and with none. Images and
+videos are put together once for every forward of a model.
 
 Not covered here: the processor and vLLM (test_vision_language_run.py), Ulysses with images, kernels
 (vision_models.kernels_on_a_cpu), MiniCPM-o 2.6, whose classes are not transformers', GLM-4.1V, which verl 0.9.1 cannot run with

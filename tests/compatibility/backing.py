@@ -136,8 +136,8 @@ PATHS = (
     Path("images (Qwen2.5-VL, Qwen3-VL)", _named(r"_vl_|infigui|deepeyes", *_FSDP), "engine", ("test_vision_language.py",),
          "on FSDP; a whole run by hand (`test_vision_language_run.py`)"),
     Path("GLM-4.1V", _named(r"glm4_1v", *_FSDP), NOT_RUN,
-         remark="verl 0.9.1's code for it is for transformers 4, and it asks for transformers 5: its forward fails, and its count of "
-         "operations, with any estimator"),
+         remark="verl 0.9.1's code for it is for transformers 4, and it asks for transformers 5: its forward and its count of "
+         "operations fail, with any estimator"),
     Path("MiniCPM-o 2.6", _named(r"minicpm_o", *_FSDP), NOT_RUN,
          remark="its classes come with its weights; transformers has those of its successor alone"),
     Path("images on Megatron (Qwen3-VL)", _named(r"qwen3_vl_", "megatron"), "engine", ("test_vision_megatron.py",),
