@@ -45,6 +45,7 @@ part() { # NAME SECONDS COMMAND...
 }
 
 if [[ $SMALL == 1 ]]; then
+    export VERL_DISABLE_FLASH_ATTN_CE=1  # of the bundle's, which asks for a GPU
     limit=900  # of a part; a CPU may be busy
     statistics=(--vocabulary 32000 --tokens 256 --dtype bfloat16 float32 --repeats 1 --compiled 0)
     step=(--shape tiny --vocabulary 2000 --tokens 512 --length 256 --repeats 1)

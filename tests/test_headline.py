@@ -65,13 +65,13 @@ def log(folder: Path, steps: int, **metrics: float) -> None:
 def test_finished_runs_are_collected_with_the_rewards_before_flips(tmp_path):
     log(tmp_path / "clean/vimpo-seed2", 36, **{"critic/score/mean": 0.5, "vimpo/kl": 0.1})
     log(tmp_path / "clean/grpo-seed1", 35, **{"critic/score/mean": 0.5})  # not at its end yet
-    log(tmp_path / "noise_20/vimpo-seed1", 40, **{"critic/score/mean": 0.4, "reward_noise/clean_mean": 0.6})
-    log(tmp_path / "noise_20/grpo-kl-loss-seed1", 40, **{"critic/score/mean": 0.4, "reward_noise/clean_mean": 0.7})
+    log(tmp_path / "noise_20/vimpo-seed1", 80, **{"critic/score/mean": 0.4, "reward_noise/clean_mean": 0.6})
+    log(tmp_path / "noise_20/grpo-kl-loss-seed1", 80, **{"critic/score/mean": 0.4, "reward_noise/clean_mean": 0.7})
     (tmp_path / "reuse/grpo-seed1").mkdir(parents=True)
     (tmp_path / "reuse/grpo-seed1/metrics.jsonl").touch()  # in its first step
     rows = collect(tmp_path)
     assert [(row["cell"], row["arm"], row["seed"]) for row in rows] == [
         ("clean", "vimpo", 2), ("noise_20", "grpo-kl-loss", 1), ("noise_20", "vimpo", 1),
     ]  # fmt: skip
-    assert [row["rewards"] for row in rows] == [[0.5] * 36, [0.7] * 40, [0.6] * 40]
+    assert [row["rewards"] for row in rows] == [[0.5] * 36, [0.7] * 80, [0.6] * 80]
     assert rows[0]["validation"] == {0: 0.0, 36: 0.36} and rows[0]["kl"] == [0.1] * 36

@@ -8,7 +8,10 @@ the statistics of the batch before (docs/method.md, "One pass", has the comparis
 """
 
 import json
+import os
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,6 +172,22 @@ def test_ranks_change_nothing(models, ranks, sp_size):
     for name in BATCH_METRICS & one.metrics.keys():
         if sp_size == 1:
             assert found[1].metrics[name] == found[0].metrics[name], name
+
+
+def with_a_nan_on_rank_1(rank, models, samples, folder):
+    """The plugin that tests/test_faults.py puts into whole runs."""
+    os.environ.update(INCIDENT="joint_pass:1:nan:rank-1", INCIDENT_FILE=str(folder / "incident"))
+    sys.path.insert(0, str(Path(__file__).parent / "plugins"))
+    import incidents  # noqa: F401
+
+    run_one_pass_step(models, Setting(), samples)
+
+
+def test_a_reference_that_is_nan_on_one_rank_is_named_with_it(models, tmp_path):
+    wanted = r"step 1: ref_log_prob is nan at response token \d+ of sample number [4-7] .*on rank 1 "
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=wanted):
+        run_on_ranks(2, with_a_nan_on_rank_1, models, make_samples(), tmp_path)
+    assert (tmp_path / "incident").read_text() == "joint_pass"
 
 
 def test_each_model_runs_once(models):
