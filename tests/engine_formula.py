@@ -18,7 +18,28 @@ def load(path: Path):
 
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
     auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    return auto.from_pretrained(path, dtype=torch.float64, **plain).eval()
+    model = auto.from_pretrained(path, dtype=torch.float64, **plain).eval()
+    for module in model.modules():
+        if hasattr(module, "chunk_gated_delta_rule"):  # transformers' own computes in float32 and in chunks
+            module.chunk_gated_delta_rule = gated_delta_rule
+    return model
+
+
+def gated_delta_rule(query, key, value, g, beta, **_):
+    """Linear attention (arXiv 2412.06464), token by token: [B, T, heads, D] each, g and beta [B, T, heads] -> as value, S_T.
+
+    S_t = exp(g_t) S_(t-1) + beta_t k_t (v_t - exp(g_t) S_(t-1) k_t), output S_t q_t / sqrt(D), with q and k of length 1.
+    """
+    query, key = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (query, key))
+    g, beta = g.double(), beta.double()
+    state = value.new_zeros(value.shape[0], value.shape[2], key.shape[-1], value.shape[-1])
+    outputs = []
+    for t in range(value.shape[1]):
+        state = state * g[:, t, :, None, None].exp()
+        seen = (state * key[:, t, :, :, None]).sum(-2)
+        state = state + key[:, t, :, :, None] * (beta[:, t, :, None] * (value[:, t] - seen)).unsqueeze(-2)
+        outputs.append((state * query[:, t, :, :, None]).sum(-2) / query.shape[-1] ** 0.5)
+    return torch.stack(outputs, dim=1), state
 
 
 def log_distributions(model, sample, temperature) -> torch.Tensor:

@@ -8,6 +8,7 @@ weights, adapters. To move a tensor between the two devices is to copy it, so th
 
 import contextlib
 import gc
+import importlib
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -120,7 +121,9 @@ def replace_kernels(layer, qk_layernorm: bool, has_experts: bool) -> None:
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-    if qk_layernorm:
+    if hasattr(attention, "kv_layernorm"):  # latent attention
+        attention.q_layernorm = attention.kv_layernorm = Norm
+    elif qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
     if has_experts:
         layer.submodules.mlp.submodules.experts = Experts
@@ -196,6 +199,7 @@ def _megatron_bridge() -> None:
 
     Called once Megatron Core has been imported, which has then seen that there is no Transformer Engine.
     """
+    importlib.import_module("megatron.core.transformer.multi_latent_attention")  # asks for it when it is imported
     sys.meta_path.append(_TransformerEngine())
     from megatron.bridge.models.qwen.qwen3_bridge import Qwen3Bridge
 
