@@ -199,7 +199,9 @@ def _megatron_bridge() -> None:
 
     Called once Megatron Core has been imported, which has then seen that there is no Transformer Engine.
     """
-    importlib.import_module("megatron.core.transformer.multi_latent_attention")  # asks for it when it is imported
+    importlib.import_module(
+        "megatron.core.transformer.multi_latent_attention"
+    ).HAVE_TE = False  # believes that there is one
     sys.meta_path.append(_TransformerEngine())
     from megatron.bridge.models.qwen.qwen3_bridge import Qwen3Bridge
 

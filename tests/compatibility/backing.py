@@ -66,6 +66,7 @@ _LORA = (f"{M}.lora_rank", f"{M}.lora.rank")
 _ULYSSES = (f"{A}.ulysses_sequence_parallel_size", f"{A}.fsdp_config.ulysses_sequence_parallel_size")
 _OTHER_ON_FSDP = r"mistral|seed_oss|gpt_oss|qwen3_?next"
 _WITH_IMAGES_ON_FSDP = r"qwen3_5|glm4_1v"
+_LATENT = r"deepseek_v3|dspk|moonlight"
 _NO_BRIDGE = r"deepseek_v4|hy_v3|qwen3_5"
 _KERNELS_OF_GPUS = r"nemotron|qwen3_?next"
 _OTHER_MODELS = (
@@ -81,7 +82,7 @@ def _ulysses_beside(pattern: str) -> Callable[[dict], bool]:
 def _other_model_not_run(recipe: dict) -> bool:
     has_a_row = (
         _named(rf"{_OTHER_ON_FSDP}|{_WITH_IMAGES_ON_FSDP}|minicpm_o", *_FSDP),
-        _named(rf"{_NO_BRIDGE}|{_KERNELS_OF_GPUS}", "megatron"),
+        _named(rf"{_LATENT}|{_NO_BRIDGE}|{_KERNELS_OF_GPUS}", "megatron"),
     )
     return _named(_OTHER_MODELS)(recipe) and not any(has(recipe) for has in has_a_row)
 
@@ -155,6 +156,9 @@ PATHS = (
          "sequences, with any estimator, which is said: right with `use_remove_padding=False`"),
     Path("Ulysses with Qwen3-Next or gpt-oss", _ulysses_beside(r"gpt_oss|qwen3_?next"), NOT_RUN,
          remark="verl splits heads and sequences for attention alone, not Qwen3-Next's linear attention or gpt-oss's sinks"),
+    Path("DeepSeek-V3, Moonlight (Megatron)", _named(_LATENT, "megatron"), "engine", ("test_megatron_architectures.py",),
+         "pipeline with the fused head, expert parallel; tensor parallel the joint pass alone, because Megatron Core's latent "
+         "attention without Transformer Engine does not add up its ranks' gradients"),
     Path("Qwen3.5, Hy3, DeepSeek-V4 (Megatron)", _named(_NO_BRIDGE, "megatron"), NOT_RUN,
          remark="neither Megatron-Bridge 0.3.1 nor mbridge 0.15.1, the newest on the package index, has them"),
     Path("Qwen3-Next, Nemotron-H (Megatron)", _named(_KERNELS_OF_GPUS, "megatron"), NOT_RUN,
