@@ -1,4 +1,4 @@
-"""The README's table and picture of whole runs, from benchmarks/results/headline.json alone.
+"""The README's table and picture of whole runs, and the study's table of rivals, from benchmarks/results/headline.json alone.
 
 python -m benchmarks.headline_page
 """
@@ -11,7 +11,7 @@ from statistics import mean, median
 from benchmarks.headline import CELLS, RESULTS, ROOT
 from vimpo_verl.compare.statistics import difference_interval
 
-README, PICTURE = ROOT / "README.md", ROOT / "docs/pictures/quickstart.png"
+README, STUDY, PICTURE = ROOT / "README.md", ROOT / "docs/study.md", ROOT / "docs/pictures/quickstart.png"
 BEGIN, END = "<!-- made by benchmarks/headline_page.py: begin -->", "<!-- made by benchmarks/headline_page.py: end -->"
 LAST = 5  # steps averaged at the end: one step's reward is noisy
 CONFIDENCE = 0.95
@@ -23,6 +23,9 @@ TITLES = {
 NAMES = {
     "grpo": "GRPO",
     "grpo-kl-loss": "GRPO, KL loss 0.1",
+    "grpo-kl-loss-0.1": "GRPO, KL loss 0.1",
+    "grpo-kl-loss-0.3": "GRPO, KL loss 0.3",
+    "kl-in-reward": "KL in the reward",
     "vimpo": "VIMPO",
 }
 COLOURS = {"grpo": "tab:orange", "grpo-kl-loss": "tab:orange", "vimpo": "tab:blue"}
@@ -69,7 +72,7 @@ def table(rows: list[dict]) -> str:
         "validation at the end | seconds a step |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for cell in CELLS:
+    for cell in TITLES:
         arms = by_arm(rows, cell)
         if not arms:
             continue
@@ -90,10 +93,26 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def with_table(page: str, rows: list[dict]) -> str:
+def table_of_rivals(rows: list[dict]) -> str:
+    """A Markdown table: every arm of the noisy cell, and how far VIMPO is ahead of it."""
+    arms = by_arm(rows, "noise_20") | by_arm(rows, "noise_20_rivals")
+    vimpo = [last_reward(run) for run in arms["vimpo"]]
+    lines = [
+        f"| arm | learning rate | seeds | share of right answers, last {LAST} steps | validation at the end | VIMPO ahead by |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for arm, runs in sorted(arms.items(), key=lambda item: -mean(last_reward(run) for run in item[1])):
+        rewards, cell = [last_reward(run) for run in runs], runs[0]["cell"]
+        validation = each([last_validation(run) for run in runs])
+        cells = [NAMES[arm], rate(cell, arm), str(len(runs)), each(rewards), validation]
+        lines.append(f"| {' | '.join(cells)} | {'' if arm == 'vimpo' else ahead(rewards, vimpo)} |")
+    return "\n".join(lines)
+
+
+def with_table(page: str, made: str) -> str:
     """The page with its made part replaced."""
-    made = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    return made.sub(lambda _: f"{BEGIN}\n{table(rows)}\n{END}", page)
+    part = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    return part.sub(lambda _: f"{BEGIN}\n{made}\n{END}", page)
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -104,7 +123,7 @@ def draw(rows: list[dict], path: Path) -> None:
     import numpy as np
     from matplotlib import pyplot
 
-    cells = [cell for cell in CELLS if by_arm(rows, cell)]
+    cells = [cell for cell in TITLES if by_arm(rows, cell)]
     figure, panels = pyplot.subplots(1, len(cells), figsize=(4.3 * len(cells), 3.6), sharey=True, squeeze=False)
     for axes, cell in zip(panels[0], cells, strict=True):
         for arm, runs in by_arm(rows, cell).items():
@@ -124,7 +143,8 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     rows = json.loads(RESULTS.read_text())["rows"]
-    README.write_text(with_table(README.read_text(), rows))
+    README.write_text(with_table(README.read_text(), table(rows)))
+    STUDY.write_text(with_table(STUDY.read_text(), table_of_rivals(rows)))
     draw(rows, PICTURE)
 
 
