@@ -1,4 +1,5 @@
-"""Claim: the picture of what a step costs is drawn from the results files, with the forwards that whole runs were counted to have."""
+"""Claim: the picture of what a step costs is drawn from the results files, with the forwards that whole runs were counted to
+have."""
 
 import pytest
 
