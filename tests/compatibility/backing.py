@@ -83,6 +83,7 @@ def _other_model_not_run(recipe: dict) -> bool:
     has_a_row = (
         _named(rf"{_OTHER_ON_FSDP}|{_WITH_IMAGES_ON_FSDP}|minicpm_o", *_FSDP),
         _named(rf"{_LATENT}|{_NO_BRIDGE}|{_KERNELS_OF_GPUS}", "megatron"),
+        _named(r"qwen3_5", "veomni"),
     )
     return _named(_OTHER_MODELS)(recipe) and not any(has(recipe) for has in has_a_row)
 
@@ -151,6 +152,9 @@ PATHS = (
     Path("Qwen3.5 (FSDP)", _named(r"qwen3_5", *_FSDP), "engine", ("test_vision_language.py",),
          "with images and text, dense and a mixture of experts; fla's kernel in torch's words"),
     Path("video", _named(r"video"), "engine", ("test_vision_language.py",), "Qwen2.5-VL, Qwen3-VL and Qwen3.5"),
+    Path("Qwen3.5 (VeOmni)", _named(r"qwen3_5", "veomni"), NOT_RUN,
+         remark="VeOmni 0.1.12 computes its linear attention by fla's kernel, which needs a GPU; its other way refuses packed "
+         "sequences"),
     Path("Mistral, Seed-OSS, gpt-oss, Qwen3-Next (FSDP)", _named(_OTHER_ON_FSDP, *_FSDP), "engine", ("test_architectures.py",),
          "without the kernels of fla and of attention with sinks. verl tells Qwen3-Next's linear attention of no packed "
          "sequences, with any estimator, which is said: right with `use_remove_padding=False`"),
@@ -160,7 +164,7 @@ PATHS = (
          "pipeline with the fused head, expert parallel; tensor parallel the joint pass alone, because Megatron Core's latent "
          "attention without Transformer Engine does not add up its ranks' gradients"),
     Path("Qwen3.5, Hy3, DeepSeek-V4 (Megatron)", _named(_NO_BRIDGE, "megatron"), NOT_RUN,
-         remark="neither Megatron-Bridge 0.3.1 nor mbridge 0.15.1, the newest on the package index, has them"),
+         remark="neither Megatron-Bridge 0.3.1 nor mbridge 0.15.1, the newest for Python 3.11, has them"),
     Path("Qwen3-Next, Nemotron-H (Megatron)", _named(_KERNELS_OF_GPUS, "megatron"), NOT_RUN,
          remark="Megatron Core's layers for them are kernels of fla and mamba_ssm, which need a GPU"),
     Path("another architecture than Qwen2.5's and Qwen3's", _other_model_not_run, NOT_RUN,
