@@ -22,6 +22,8 @@ from vimpo_verl.compare.runs import RunLog, UnreadableRun, read_run
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/headline.json"
+FOREIGN_WEIGHTS = 0.01  # largest difference of a token's probability between vLLM and the trainer; here 1e-5 is usual
+GAP = "training/rollout_probs_diff_max"
 REWARD, CLEAN_REWARD, SECONDS, KL = "critic/score/mean", "reward_noise/clean_mean", "timing_s/step", "vimpo/kl"
 
 
@@ -102,7 +104,14 @@ def start(out: Path, cell: str, arm: str, seed: int) -> int:
 
 
 def row(run: RunLog, cell: str, arm: str, seed: int) -> dict:
-    """What is kept of a run. Rewards are those before flips."""
+    """What is kept of a run. Rewards are those before flips.
+
+    Raises:
+        ValueError: vLLM had other weights than the trainer, as when two runs share verl's socket.
+    """
+    gap = run.series(GAP)
+    if gap and max(gap.values()) > FOREIGN_WEIGHTS:
+        raise ValueError(f"{cell}/{arm}-seed{seed}: {GAP} is {max(gap.values()):.2g}: vLLM had weights of another run")
     rewards = run.series(CLEAN_REWARD) or run.series(REWARD)
     (validation,) = {name for name in run.keys if name.startswith("val-core/")}
     return {

@@ -87,3 +87,9 @@ def test_finished_runs_are_collected_with_the_rewards_before_flips(tmp_path):
     ]  # fmt: skip
     assert [row["rewards"] for row in rows] == [[0.5] * 36, [0.7] * 80, [0.6] * 80]
     assert rows[0]["validation"] == {0: 0.0, 36: 0.36} and rows[0]["kl"] == [0.1] * 36
+
+
+def test_a_run_with_foreign_weights_is_not_collected(tmp_path):
+    log(tmp_path / "clean/vimpo-seed1", 36, **{"critic/score/mean": 0.5, headline.GAP: 0.4})
+    with pytest.raises(ValueError, match="clean/vimpo-seed1.*weights of another run"):
+        collect(tmp_path)
