@@ -261,6 +261,10 @@ def test_the_page_has_the_whole_tuning_grid(grid):
     assert analysis.tuning_table(grid) in (ROOT / "docs/study.md").read_text()
 
 
+def test_the_page_has_the_table_of_an_axis():
+    assert analysis.axis_table(["axis_responses_flipped"], "VIMPO, value loss") in (ROOT / "docs/study.md").read_text()
+
+
 def test_the_page_has_what_reuse_saves():
     assert analysis.share_of_rollouts("qwen3_reuse", "qwen3_clean", 20) in (ROOT / "docs/study.md").read_text()
 
