@@ -6,12 +6,13 @@ pass, update) and in one (update). Everything of a step but generation. The stag
 is to GRPO and one to GRPO with KL, in the same round: the median over the rounds, and the smallest and largest. --tokens,
 --vocabulary and --ranks take several values, for growth: each is varied with the first of the others. Several ranks are
 processes of one gloo group, which share the tokens and this machine. --clock cpu counts processor seconds, for a machine that
-others use, too.
+others use, too. --micro-batch: samples that a forward takes at once. The reference is stored as each recipe has it by default: in
+float32 for GRPO with KL, which is verl's default, and in the precision of the forward for VIMPO, which its trainer sets.
 
     python benchmarks/engine_step.py --repeats 9 --json benchmarks/results/engine_step_cpu.json
     OMP_NUM_THREADS=1 python benchmarks/engine_step.py --tokens 1024 512 2048 \\
         --vocabulary 32000 64000 128000 --ranks 1 2 --json benchmarks/results/growth_cpu.json
-    python benchmarks/engine_step.py --shape qwen3-1.7b --vocabulary 151936 --tokens 16384 --length 4096 \\
+    python benchmarks/engine_step.py --shape qwen3-1.7b --vocabulary 151936 --tokens 16384 --length 2048 --micro-batch 4 \\
         --dtype bf16 --json benchmarks/results/engine_step_gpu.json      (on a GPU)
 """
 
@@ -58,7 +59,8 @@ def make_model(folder: Path, shape: str, vocabulary: int) -> None:
         max_position_embeddings=8192, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     torch.manual_seed(0)
-    Qwen3ForCausalLM(config).save_pretrained(folder / "policy")
+    with torch.device(DEVICE):
+        Qwen3ForCausalLM(config).save_pretrained(folder / "policy")
     (folder / "ref").symlink_to(folder / "policy")
 
 
@@ -77,10 +79,16 @@ class Stages:
     """The stages of a step of each recipe, over the same workers and batch, of which every rank has its share."""
 
     def __init__(self, folder: Path, samples: list[harness.Sample], mine: slice, setting: harness.Setting):
+        from verl.workers.engine_workers import TrainingWorker
         from verl.workers.utils.losses import ppo_loss
 
         self.all_samples, self.samples, self.mine, self.setting = samples, samples[mine], mine, setting
         self.workers = harness.make_workers(folder, setting)
+        self.verls_ref = self.workers.ref
+        if setting.ref_model_dtype != "fp32":
+            self.verls_ref = harness.make_worker(
+                TrainingWorker, folder / "ref", replace(setting, ref_model_dtype="fp32"), forward_only=True
+            )
         self.vimpo_loss = self.workers.actor.loss_fn
         self.actor_config = self.vimpo_loss.ppo_loss.keywords["config"]
         self.ppo_loss = ppo_loss
@@ -105,7 +113,7 @@ class Stages:
     def of(self, recipe: str) -> dict[str, Any]:
         """Name -> what to call."""
         old = {"old log-probs": partial(self.infer, self.workers.actor, True)}
-        ref = {"reference": partial(self.infer, self.workers.ref, False)}
+        ref = {"reference": partial(self.infer, self.verls_ref, False)}
         return {
             "grpo": {**old, "update": partial(self.update, kl=False)},
             "grpo_kl": {**old, **ref, "update": partial(self.update, kl=True)},
@@ -227,7 +235,11 @@ def on_rank(rank: int, folder: Path, tokens: int, vocabulary: int, ranks: int, o
     samples = make_samples(tokens, vocabulary, options.length)
     mine = harness.slice_of_rank(len(samples), rank, ranks)
     setting = harness.Setting(
-        micro_batch_size=1, dtype=options.dtype, use_fused_kernels=bool(options.fused), equal_models=True
+        micro_batch_size=options.micro_batch,
+        dtype=options.dtype,
+        ref_model_dtype=options.dtype,
+        use_fused_kernels=bool(options.fused),
+        equal_models=True,
     )
     stages = Stages(folder, samples, mine, setting)
     return measure(stages, options.repeats, options.clock), large_tensors(stages, vocabulary)
@@ -247,7 +259,7 @@ def grid(options) -> list[tuple[int, int, int]]:
 def main() -> None:
     options = arguments(
         __doc__.splitlines()[0], shape="small", vocabulary=[32_000], tokens=[2048], ranks=[1], length=256, repeats=5,
-        dtype="fp32", fused=0, clock="wall",
+        micro_batch=1, dtype="fp32", fused=0, clock="wall",
     )  # fmt: skip
     harness.start_process_group()
     title = f"A step on verl's FSDP engine, {options.shape}"

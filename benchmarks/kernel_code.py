@@ -89,7 +89,9 @@ def row(gpu: str, name: str, dtype: str, temperature: bool) -> dict:
     code, resources = machine_code(compiled(name, triton_dtype, capability, temperature).asm["cubin"])
     entries = block / (32 * warps)
     names = Counter(instruction.split()[0].split(".")[0] for instruction in code)
-    loads = [re.match(r"LDG\S*?\.(\d+)\b", instruction) for instruction in code if instruction.startswith("LDG")]
+    loads = [
+        re.match(r"LDG\S*?\.(\d+)\b", instruction) for instruction in code if re.match(r"LDG(STS)?\.", instruction)
+    ]
     arithmetic = sum(names[kind] for kind in FLOAT32)
     cycles = max(len(code) / ISSUED, arithmetic / lanes) / entries
     read = (2 if name == "careful" else 1) * 2 * itemsize  # bytes an entry

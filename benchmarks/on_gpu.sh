@@ -38,7 +38,7 @@ failed=()
 part() { # NAME SECONDS COMMAND...
     local name=$1 seconds=$2 status=0
     shift 2
-    echo "== $name"
+    echo "== $name, at $SECONDS s"
     timeout --signal=ABRT --kill-after=10 "$seconds" "$@" || status=$?  # with PYTHONFAULTHANDLER it says where it was
     case $status in
         0) ;;
@@ -50,15 +50,15 @@ part() { # NAME SECONDS COMMAND...
 if [[ $SMALL == 1 ]]; then
     limit=900  # of a part; a CPU may be busy
     statistics=(--vocabulary 32000 --tokens 256 --dtype bfloat16 float32 --repeats 1 --compiled 0)
-    step=(--shape tiny --vocabulary 2000 --tokens 512 --length 256 --repeats 1)
+    step=(--shape tiny --vocabulary 2000 --tokens 1024 --length 256 --micro-batch 2 --dtype bf16 --repeats 1)
     shapes=(tiny)
 else
     limit=120
     statistics=(--vocabulary 32000 128000 151936 256000 --tokens 8192 32768 --dtype bfloat16 float16 float32 --repeats 9 --compiled 0)
-    step=(--vocabulary 151936 --tokens 4096 --length 2048 --dtype bf16 --repeats 3)
+    step=(--vocabulary 151936 --tokens 16384 --length 2048 --micro-batch 4 --dtype bf16 --repeats 3)
     shapes=(qwen3-0.6b qwen3-1.7b)
     part "tests" 150 "$PYTHON" -m pytest -q -p no:cacheprovider -m "not slow" \
-        tests/test_triton_kernel.py tests/test_token_statistics.py tests/test_exact_kl.py
+        tests/test_triton_kernel.py tests/test_token_statistics.py tests/test_exact_kl.py tests/test_engine_on_gpu.py
 fi
 part "token statistics" "$limit" "$PYTHON" benchmarks/kl_function.py "${statistics[@]}" --json "$OUT/kl_function_gpu.json"
 if [[ $SMALL != 1 ]]; then  # Triton's interpreter has no launch settings

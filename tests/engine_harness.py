@@ -33,6 +33,7 @@ class Setting:
     ref_model_dtype: str = "fp32"  # what the reference is stored in
     sp_size: int = 1
     use_fused_kernels: bool = False
+    fused_backend: str = "torch"  # verl's name
     lora_rank: int = 0
     attention: str = "sdpa"  # transformers' name
     router_replay: bool = False
@@ -50,7 +51,7 @@ class Setting:
     before: Statistics | None = None  # of the batch before, for run_one_pass_step
 
 
-def make_models(folder: Path, tied: bool = False, layers: int = 2) -> None:
+def make_models(folder: Path, tied: bool = False, layers: int = 2, hidden: int = 32) -> None:
     """Write a tiny Qwen3 `policy` and a `ref` near it, whose distributions are far from uniform.
 
     With `tied`, the output matrix is the embedding, as in small models.
@@ -58,7 +59,7 @@ def make_models(folder: Path, tied: bool = False, layers: int = 2) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=512, tie_word_embeddings=tied,
         bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS, initializer_range=0.2,
     )  # fmt: skip
@@ -124,7 +125,7 @@ def make_worker(worker_cls, path: Path, setting: Setting, forward_only: bool):
                 load_tokenizer=False,
                 use_remove_padding=setting.use_remove_padding,
                 use_fused_kernels=setting.use_fused_kernels,
-                fused_kernel_options={"impl_backend": "torch"},
+                fused_kernel_options={"impl_backend": setting.fused_backend},
                 lora_rank=0 if forward_only else setting.lora_rank,
                 target_modules="all-linear",
                 enable_gradient_checkpointing=setting.gradient_checkpointing,

@@ -2,8 +2,9 @@
 
 Per-token results and gradients within 1e-5, padding removed or not, FSDP1 and FSDP2, with LoRA; also with kappa recomputed in the
 update (kappa_policy=current), which agrees with the old kappa at the first update and with a fresh joint pass after it.
-Backend torch; backend triton needs a GPU and has the same seam. The output matrix is tied to the embedding: with FSDP2 and an
-output matrix of its own, verl 0.9.1's fused kernels fail by themselves, for GRPO too, because they meet a sharded matrix.
+Backend torch; backend triton needs a GPU (test_engine_on_gpu.py) and has the same seam. The output matrix is tied to the
+embedding: with FSDP2 and an output matrix of its own, verl 0.9.1's fused kernels fail by themselves, for GRPO too, because they
+meet a sharded matrix.
 """
 
 import pytest
@@ -92,6 +93,21 @@ def test_joint_pass_makes_no_logits(tied_models, monkeypatch):
     head.register_forward_hook(lambda *_: pytest.fail("the model made logits"))
     joint_pass(workers, make_samples(), setting)
     assert set(seen) == {1}
+
+
+def test_the_reference_works_on_the_batch_where_the_models_are(tied_models):
+    """Brought there, which on a CPU is a label only: on a GPU its results could not be laid out beside a batch in host memory."""
+    setting = Setting(use_fused_kernels=True, knobs={"kappa_policy": "current"})
+    workers = make_workers(tied_models, setting)
+    original, seen = workers.ref.engine.prepare_model_inputs, []
+
+    def prepare_model_inputs(micro_batch):
+        seen.append(micro_batch.device)
+        return original(micro_batch=micro_batch)
+
+    workers.ref.engine.prepare_model_inputs = prepare_model_inputs
+    run_step(tied_models, setting, make_samples(), workers)
+    assert len(seen) > 4 and set(seen) == {torch.device("cpu")}
 
 
 @pytest.mark.parametrize("kl_estimator", ["exact", "k2", "k3"])

@@ -22,6 +22,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id
 
 from verl_patches.lora_reference import EngineWithAdaptersOff
 from verl_patches.names import POLICY_ENTROPY, POLICY_LOG_PROBS
@@ -116,6 +117,7 @@ def fused_heads(engine: Any, ref_engine: Any, *, with_policy: bool) -> Iterator[
     def forward_step(micro_batch: TensorDict, loss_function: Callable | None, forward_only: bool):
         if under_way:  # the reference's, with LoRA
             return verl_forward_step(micro_batch, loss_function=loss_function, forward_only=forward_only)
+        micro_batch = micro_batch.to(get_device_id())  # as verl's engines do, once for both models
         heads = FusedHeads(ref_engine, micro_batch, with_policy=with_policy, nested=not one_model)
 
         def loss_with_reference(model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None):

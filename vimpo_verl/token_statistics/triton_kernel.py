@@ -27,10 +27,11 @@ from torch import Tensor
 
 from vimpo_verl.token_statistics.triton_careful import CAREFUL_BLOCK, CAREFUL_WARPS, careful_token_statistics_kernel
 
-# Vocabulary entries read at a time and warps that share them: eight entries a thread, 16 bytes of bfloat16.
-BLOCK = 1024
+# Vocabulary entries read at a time, warps that share them, blocks whose loads are under way: what was fastest on an H200 of
+# benchmarks/kernel_settings.py, whose results are in docs/performance.md.
+BLOCK = 2048
 WARPS = 4
-STAGES = 1  # blocks whose loads are under way; benchmarks/kernel_settings.py tries more
+STAGES = 3
 # Products are fused with sums where the code says so: elsewhere it would make a difference of equals something else than 0.
 COMPILER_OPTIONS = {"enable_fp_fusion": False}
 
