@@ -85,7 +85,7 @@ def along_axes(grids: list[str], path: Path) -> None:
         panel.minorticks_off()
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("accuracy at the end")
-    panels[0][0].set_ylim(0, 1)
+    panels[0][0].set_ylim(0, 1.02)
     panels[0][-1].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
