@@ -12,7 +12,7 @@ import one_file
 import pytest
 import torch
 
-from benchmarks.learning import analysis, grids
+from benchmarks.learning import analysis, grids, plots
 from benchmarks.learning.arms import ARMS
 from benchmarks.learning.run import run, sample_from_past, start_policy
 from benchmarks.learning.settings import Setting
@@ -261,8 +261,13 @@ def test_the_page_has_the_whole_tuning_grid(grid):
     assert analysis.tuning_table(grid) in (ROOT / "docs/study.md").read_text()
 
 
-def test_the_page_has_the_table_of_an_axis():
-    assert analysis.axis_table(["axis_responses_flipped"], "VIMPO, value loss") in (ROOT / "docs/study.md").read_text()
+@pytest.mark.parametrize(
+    "axes",
+    [["axis_responses_flipped"], ["axis_noise", "axis_groups", "axis_length"], ["axis_staleness"]],
+    ids=lambda axes: axes[0],
+)
+def test_the_page_has_the_table_of_axes(axes):
+    assert analysis.axis_table(axes, "VIMPO, value loss") in (ROOT / "docs/study.md").read_text()
 
 
 def test_the_page_has_what_reuse_saves():
@@ -301,6 +306,36 @@ def test_the_table_of_axes_has_a_row_a_point_and_pairs_by_seed(monkeypatch):
     assert lines[3] == "| staleness 4, flip_prob 0.2 | 2 | 0.05 | 0.15 | -0.100 (-0.100 to -0.100) |"
     with pytest.raises(ValueError, match="no arm 'PACS'"):
         analysis.axis_table(results, "PACS")
+
+
+def test_an_axis_moves_the_best_trials_of_its_centre(monkeypatch):
+    tuned = {s: {"accuracy": s.lr - s.coeff / 100, "rewards": [0.5]} for s in grids.tuning("needles")}
+    monkeypatch.setattr(grids, "load", lambda grid: tuned if grid == "tune_needles" else {})
+    axis = grids.Axis(({"tokens": 8}, {"tokens": 16}), "needles", ("GRPO", "VIMPO, value loss", "VIMPO, clipped"))
+    settings = axis.settings()
+    assert {setting.seed for setting in settings} == set(grids.AXIS_SEEDS) and len(settings) == 3 * 2 * 5
+    assert {setting.tokens for setting in settings} == {8, 16} and {s.task for s in settings} == {"needles"}
+    best = {setting.label: setting.trial for setting in settings}
+    assert best["GRPO"] == f"{20 * max(grids.RATES):g}"
+    assert best["VIMPO, clipped"] == best["VIMPO, value loss"] == "0.02, tie 0.5"
+    tuned.popitem()
+    assert axis.settings() == []
+
+
+def test_the_picture_of_an_axis_has_its_centre_on_the_same_seeds(monkeypatch, tmp_path):
+    """Trials of the centre that the axis does not have, and seeds beyond the axis's, stay out."""
+    at = {"flip_prob": 0.2}
+    centre = {Setting("grpo", seed=s, **at): [0.5] for s in (1, 2, 9)} | {Setting("grpo", lr=2e-3, **at): [0.9]}
+    axis = {Setting("grpo", seed=s, staleness=2, **at): [0.1 * s] for s in (1, 2)}
+    found = {"qwen3_noise_20": results_of(centre), "axis_staleness": results_of(axis)}
+    monkeypatch.setattr(plots, "load", lambda grid: found[grid])
+    points = {trial.staleness: values.tolist() for trial, values in plots.points("axis_staleness").items()}
+    assert points == {0: [0.5, 0.5], 2: [0.1, 0.2]}
+    drawn = []
+    monkeypatch.setattr(plots.plt.Figure, "savefig", lambda figure, path, **kwargs: drawn.append(figure))
+    plots.along_axes(["axis_staleness"], tmp_path / "any.png")
+    (line,) = drawn[0].axes[0].lines
+    assert line.get_xdata().tolist() == [0, 2] and line.get_ydata().tolist() == pytest.approx([0.5, 0.15])
 
 
 def test_the_share_of_rollouts(monkeypatch):

@@ -6,7 +6,7 @@ of its tuning grid and repeats it on the reported seeds.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 
 from benchmarks.learning import family
@@ -53,6 +53,13 @@ REUSE_TRIALS: dict[str, list[Setting]] = {
     "PACS": family.TRIALS["PACS"],
 }
 
+# Needles' policy is no transformer and learns at larger rates: at those of TRIALS every arm would want the largest.
+NEEDLES_FASTER = 20
+NEEDLES_TRIALS = {
+    label: [replace(trial, lr=trial.lr * NEEDLES_FASTER) for trial in trials] for label, trials in TRIALS.items()
+}
+NEEDLES = {"task": "needles", "tokens": 64}
+
 # Condition -> what it changes of the centre, and the trials.
 CONDITIONS: dict[str, tuple[dict, dict[str, list[Setting]]]] = {
     "noise_20": ({"flip_prob": 0.2}, TRIALS),
@@ -63,7 +70,8 @@ CONDITIONS: dict[str, tuple[dict, dict[str, list[Setting]]]] = {
     "qwen3_clean": ({"batches": 40, "model": "qwen3"}, TRIALS),
     "qwen3_reuse": ({"batches": 20, "model": "qwen3"}, REUSE_TRIALS),
     "family": ({"flip_prob": 0.2}, family.TRIALS),
-    "needles": ({"task": "needles", "tokens": 64}, TRIALS),
+    "needles": ({**NEEDLES, "batches": 20}, NEEDLES_TRIALS),
+    "needles_noise_20": ({**NEEDLES, "flip_prob": 0.2}, NEEDLES_TRIALS),
 }
 
 # The setting of a published table (arXiv 2604.06159): token reversal from nothing, 2,000 updates at one learning rate.
@@ -110,24 +118,45 @@ def at_the_defaults(condition: str) -> list[Setting]:
     return [best_trial(tied, load(f"tune_{condition}"))] if tied else []
 
 
-# Each axis moves one thing of a grid, with the settings that were best there and fewer arms and seeds.
 AXIS_CENTRE = "qwen3_noise_20"
 AXIS_ARMS = ("GRPO", "GRPO, KL loss", "KL in the reward", "VIMPO, value loss")
 AXIS_SEEDS = range(1, 6)
-AXES: dict[str, list[dict]] = {
-    "noise": [{"flip_prob": prob} for prob in (0.0, 0.1, 0.3)],
-    "responses_flipped": [{"flip_kind": "response", "flip_prob": prob} for prob in (0.1, 0.2)],
-    "groups": [{"prompts": 64, "responses": 4}, {"prompts": 16, "responses": 16}],
-    "staleness": [{"staleness": batches} for batches in (1, 2, 4)],
-    "length": [{"tokens": 5}, {"tokens": 20}],
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Moves one thing of a grid, with the settings that were best there and fewer arms and seeds.
+
+    Attributes:
+        points: what each point changes of the centre.
+        centre: a condition.
+        arms: labels; of the centre's arms, or "VIMPO, clipped", which is the value loss at its best trial with value_clip.
+    """
+
+    points: tuple[dict, ...]
+    centre: str = AXIS_CENTRE
+    arms: tuple[str, ...] = AXIS_ARMS
+
+    def settings(self) -> list[Setting]:
+        """Every point, seed by seed; empty before the centre's whole tuning grid has been run."""
+        best = chosen(self.centre)
+        if best:
+            best["VIMPO, clipped"] = replace(best["VIMPO, value loss"], form="clipped")
+        trials = [replace(best[label], **point) for label in self.arms if best for point in self.points]
+        return each(trials, AXIS_SEEDS)
+
+
+DILUTION = tuple({"tokens": tokens} for tokens in (8, 16, 32, 64, 128, 256))  # T / K from 2 to 64
+# A centre that is no point of its axis is in its own grid, with more seeds.
+AXES: dict[str, Axis] = {
+    "noise": Axis(tuple({"flip_prob": prob} for prob in (0.0, 0.1, 0.3))),
+    "responses_flipped": Axis(tuple({"flip_kind": "response", "flip_prob": prob} for prob in (0.1, 0.2))),
+    "groups": Axis(({"prompts": 64, "responses": 4}, {"prompts": 16, "responses": 16})),
+    "staleness": Axis(tuple({"staleness": batches} for batches in (1, 2, 4)), arms=(*AXIS_ARMS, "VIMPO, clipped")),
+    "length": Axis(({"tokens": 5}, {"tokens": 20})),
+    "dilution": Axis(DILUTION, "needles", (*AXIS_ARMS, "oracle")),
+    "dilution_noise_20": Axis(DILUTION, "needles_noise_20", (*AXIS_ARMS, "oracle")),
 }
-
-
-def axis(name: str) -> list[Setting]:
-    """Points of an axis, away from its centre, which that grid has."""
-    best = chosen(AXIS_CENTRE)
-    trials = [replace(best[label], **point) for label in AXIS_ARMS if best for point in AXES[name]]
-    return each(trials, AXIS_SEEDS)
 
 
 # beta * T of VIMPO's value loss, with noise and without: what beta_scale should be. On the tuning seeds, because it chooses.
@@ -160,5 +189,5 @@ GRIDS: dict[str, Callable[[], list[Setting]]] = {
         range(1, 4),
         task="path_star",
     ),
-    **{f"axis_{name}": lambda name=name: axis(name) for name in AXES},
+    **{f"axis_{name}": axis.settings for name, axis in AXES.items()},
 }

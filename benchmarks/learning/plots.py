@@ -1,6 +1,7 @@
 """Pictures of the study, from its results files alone.
 
-python -m benchmarks.learning.plots noise --out docs/pictures
+python -m benchmarks.learning.plots noise_20 --out docs/pictures              # learning curves
+python -m benchmarks.learning.plots axis_dilution axis_dilution_noise_20      # accuracy along axes, a panel each
 """
 
 import argparse
@@ -12,7 +13,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.learning.analysis import by_trial, load, mean_interval, smoothed
+from benchmarks.learning.analysis import accuracy, by_trial, load, mean_interval, smoothed
+from benchmarks.learning.grids import AXES, AXIS_SEEDS
+from benchmarks.learning.settings import Setting
 
 COLOURS = {
     "GRPO": "#7f7f7f",
@@ -50,12 +53,64 @@ def curves(grid: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+# The fields that an axis moves, as pictures call them; the last that an axis moves is its x.
+MOVED = {
+    "flip_prob": "share of flipped rewards",
+    "responses": "responses a prompt",
+    "staleness": "batches that answers are old",
+    "tokens": "tokens",
+}
+DILUTION = "tokens for each that decides"
+
+
+def along_axes(grids: list[str], path: Path) -> None:
+    """Accuracy at the end of every arm along axes, each in a panel: mean over seeds, with its interval."""
+    figure, panels = plt.subplots(1, len(grids), figsize=(4.2 * len(grids) + 1, 3.8), sharey=True, squeeze=False)
+    for grid, panel in zip(grids, panels[0], strict=True):
+        found = points(grid)
+        field = [name for name in MOVED if any(name in point for point in AXES[grid.removeprefix("axis_")].points)][-1]
+        is_dilution = next(iter(found)).task == "needles"
+        for label in dict.fromkeys(trial.label for trial in found):
+            of_arm = {getattr(trial, field): values for trial, values in found.items() if trial.label == label}
+            x = np.array(sorted(of_arm))
+            middle, low, high = np.array([mean_interval(of_arm[value]) for value in x]).T
+            x = x / next(iter(found)).decisions if is_dilution else x
+            panel.plot(x, middle, "o-", markersize=3, label=label, color=COLOURS[label])
+            panel.fill_between(x, low, high, color=COLOURS[label], alpha=0.15, linewidth=0)
+        panel.set_title(grid.removeprefix("axis_").replace("_", " "), fontsize=10)
+        panel.set_xlabel(DILUTION if is_dilution else MOVED[field])
+        if field in ("responses", "tokens"):
+            panel.set_xscale("log", base=2)
+        panel.set_xticks(x, [f"{value:g}" for value in x], minor=False)
+        panel.minorticks_off()
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("accuracy at the end")
+    panels[0][0].set_ylim(0, 1)
+    panels[0][-1].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def points(grid: str) -> dict[Setting, np.ndarray]:
+    """Trial -> accuracies of an axis and, where it has the same trials, of its centre: those of the axis's seeds."""
+    axis = load(grid)
+    centre = load(AXES[grid.removeprefix("axis_")].centre)
+    tuned = {(setting.label, setting.trial) for setting in axis}
+    kept = {setting: result for setting, result in centre.items() if (setting.label, setting.trial) in tuned}
+    found = by_trial({s: r for s, r in (kept | axis).items() if s.seed in AXIS_SEEDS})
+    return {trial: np.array([accuracy(result) for result in results.values()]) for trial, results in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid")
+    parser.add_argument("grid", nargs="+", help="one, or several axes")
     parser.add_argument("--out", type=Path, default=Path("docs/pictures"))
     args = parser.parse_args()
-    curves(args.grid, args.out / f"study_{args.grid}.png")
+    path = args.out / f"study_{args.grid[0]}.png"
+    if args.grid[0].startswith("axis_"):
+        along_axes(args.grid, path)
+    else:
+        curves(args.grid[0], path)
 
 
 if __name__ == "__main__":
