@@ -178,9 +178,8 @@ def measure(stages: Stages, repeats: int, clock: str) -> dict[str, dict[str, Any
         forwards, used = 0.0, {}
         for name, call in mine:
             with counted_forwards() as counted:
-                call()
+                used[name] = extra_bytes(call, DEVICE)
             forwards += sum(counted) / len(stages.samples)
-            used[name] = extra_bytes(call, DEVICE)
         update_bytes = used.pop("update")
         rounds = zip(*(taken[recipe, name] for name, _ in mine), strict=True)
         found[recipe] = {

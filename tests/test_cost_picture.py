@@ -11,10 +11,11 @@ FORWARDS = {"grpo": [4], "grpo_kl": [5], "vimpo": [5], "vimpo_one_pass": [4]}
 def test_forwards_time_and_memory_are_those_of_the_results(tmp_path):
     forwards, time, memory = cost_picture.panels().values()
     assert forwards == FORWARDS  # tests/test_end_to_end.py counts them
-    engine, through_verl = cost_picture.rows_of(cost_picture.ENGINE), cost_picture.rows_of(cost_picture.THROUGH_VERL)
+    files = cost_picture.GPU, cost_picture.ENGINE, cost_picture.THROUGH_VERL
+    gpu, engine, through_verl = (cost_picture.rows_of(path) for path in files)
     for recipe in FORWARDS:
         of_grpo = through_verl[recipe]["all but generation s"] / through_verl["grpo"]["all but generation s"]
-        assert time[recipe] == [engine[recipe]["to GRPO"], pytest.approx(of_grpo)]
-        assert memory[recipe] == [engine[recipe]["peak ratio"]]
+        assert time[recipe] == [gpu[recipe]["to GRPO"], engine[recipe]["to GRPO"], pytest.approx(of_grpo)]
+        assert memory[recipe] == [gpu[recipe]["peak ratio"], engine[recipe]["peak ratio"]]
     cost_picture.draw(tmp_path / "cost.png")
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")

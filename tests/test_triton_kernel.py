@@ -229,9 +229,9 @@ def test_every_logit_is_read_once_or_twice_where_the_label_is_far_from_the_mean(
 
     The labels of rows 0 and 1 are the likely tokens whose delta is nearest to its mean under the policy, and farthest from it.
     """
-    z = 3 * draw(2, 5003)
+    z = 3 * draw(2, 5003).clamp(max=2)  # no entry is so likely that it alone moves the mean, or makes the KL
     z, u = z.to(dtype), (z + 0.1 * draw(2, 5003)).to(dtype)
-    delta, likely = z.double() - u.double(), z.topk(100).indices[:, 20:]  # none so likely that it moves the mean
+    delta, likely = z.double() - u.double(), z.topk(100).indices
     from_mean = (delta.gather(1, likely) - (z.double().softmax(-1) * delta).sum(-1, keepdim=True)).abs()
     labels = torch.stack([likely[0, from_mean[0].argmin()], likely[1, from_mean[1].argmax()]])
     u[1, labels[1]] -= delta[1, labels[1]].sign()  # farther yet
