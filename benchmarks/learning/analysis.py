@@ -1,7 +1,7 @@
 """From results to tables: which trial of an arm is the best, and how arms differ, paired by seed.
 
 python -m benchmarks.learning.analysis noise_20             # a Markdown table: how far VIMPO is ahead of every arm
-python -m benchmarks.learning.analysis noise_20 v05 pacs    # the same, with arms that have grids of their own at the same condition
+python -m benchmarks.learning.analysis noise_20 v05 pacs    # with arms that have grids of their own at the same condition
 python -m benchmarks.learning.analysis tune_noise_20        # a Markdown table of every trial
 python -m benchmarks.learning.analysis axis_noise axis_groups   # a Markdown table: every point of these axes
 python -m benchmarks.learning.analysis qwen3_reuse --one-update qwen3_clean   # how many rollouts several updates a batch save

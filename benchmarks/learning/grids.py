@@ -69,7 +69,8 @@ CONDITIONS: dict[str, tuple[dict, dict[str, list[Setting]]]] = {
     "qwen3_noise_20": ({"flip_prob": 0.2, "model": "qwen3"}, TRIALS),
     "qwen3_clean": ({"batches": 40, "model": "qwen3"}, TRIALS),
     "qwen3_reuse": ({"batches": 20, "model": "qwen3"}, REUSE_TRIALS),
-    **{name: ({"flip_prob": 0.2}, {label: family.TRIALS[label]}) for name, label in (("v05", "V0.5"), ("pacs", "PACS"))},
+    "v05": ({"flip_prob": 0.2}, {"V0.5": family.TRIALS["V0.5"]}),
+    "pacs": ({"flip_prob": 0.2}, {"PACS": family.TRIALS["PACS"]}),
     "needles": ({**NEEDLES, "batches": 20}, NEEDLES_TRIALS),
     "needles_noise_20": ({**NEEDLES, "flip_prob": 0.2}, NEEDLES_TRIALS),
 }
