@@ -246,6 +246,8 @@ COMPARED = {
     "noise_20": "VIMPO, value loss",
     "qwen3_noise_20": "VIMPO, value loss, 0.001, tie 1",
     "qwen3_clean": "VIMPO, value loss, 0.001, tie 1",
+    "needles": "VIMPO, value loss",
+    "needles_noise_20": "VIMPO, value loss, 0.02, tie 1",
     "reuse": "VIMPO, clipped",
     "qwen3_reuse": "VIMPO, clipped, old kappa",
 }
@@ -256,18 +258,27 @@ def test_the_page_has_the_table_of_a_headline_grid(grid):
     assert analysis.table(grid, COMPARED[grid]) in (ROOT / "docs/study.md").read_text()
 
 
-@pytest.mark.parametrize("grid", ["tune_qwen3_noise_20", "tune_qwen3_clean", "tune_qwen3_reuse"])
+@pytest.mark.parametrize(
+    "grid", [f"tune_{name}" for name in ("qwen3_noise_20", "qwen3_clean", "qwen3_reuse", "needles", "needles_noise_20")]
+)
 def test_the_page_has_the_whole_tuning_grid(grid):
     assert analysis.tuning_table(grid) in (ROOT / "docs/study.md").read_text()
 
 
 @pytest.mark.parametrize(
     "axes",
-    [["axis_responses_flipped"], ["axis_noise", "axis_groups", "axis_length"], ["axis_staleness"]],
+    [
+        ["axis_responses_flipped"],
+        ["axis_noise", "axis_groups", "axis_length"],
+        ["axis_staleness"],
+        ["axis_dilution"],
+        ["axis_dilution_noise_20"],
+    ],
     ids=lambda axes: axes[0],
 )
 def test_the_page_has_the_table_of_axes(axes):
-    assert analysis.axis_table(axes, "VIMPO, value loss") in (ROOT / "docs/study.md").read_text()
+    compared = "VIMPO, clipped" if axes == ["axis_staleness"] else "VIMPO, value loss"
+    assert analysis.axis_table(axes, compared) in (ROOT / "docs/study.md").read_text()
 
 
 def test_the_page_has_what_reuse_saves():

@@ -1,6 +1,7 @@
 """From results to tables: which trial of an arm is the best, and how arms differ, paired by seed.
 
 python -m benchmarks.learning.analysis noise_20             # a Markdown table: how far VIMPO is ahead of every arm
+python -m benchmarks.learning.analysis noise_20 v05 pacs    # with arms that have grids of their own at the same condition
 python -m benchmarks.learning.analysis tune_noise_20        # a Markdown table of every trial
 python -m benchmarks.learning.analysis axis_noise axis_groups   # a Markdown table: every point of these axes
 python -m benchmarks.learning.analysis qwen3_reuse --one-update qwen3_clean   # how many rollouts several updates a batch save
@@ -77,13 +78,18 @@ def paired_difference(a: dict[int, dict], b: dict[int, dict], of=accuracy):
     return mean_interval(np.array([of(b[seed]) - of(a[seed]) for seed in seeds]))
 
 
-def table(grid: str, reference: str) -> str:
+def table(grid: str, reference: str, beside: Iterable[str] = ()) -> str:
     """A Markdown table of a headline grid: accuracy and area of every arm, and by how much the arm `reference` is ahead.
+
+    Args:
+        grid: a headline grid.
+        reference: an arm's label, with its trial behind it where the grid has two.
+        beside: headline grids of the same condition, which have other arms.
 
     Raises:
         ValueError: the grid has no such arm, or not exactly one trial of it.
     """
-    trials = by_trial(load(grid))
+    trials = by_trial({setting: result for name in (grid, *beside) for setting, result in load(name).items()})
     chosen = [trial for trial in trials if reference in (trial.label, f"{trial.label}, {trial.trial}")]
     if len(chosen) != 1:
         raise ValueError(
@@ -199,7 +205,7 @@ def _cell(interval: tuple[float, float, float], sign: bool = False) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", nargs="+", help="one, or several axes")
+    parser.add_argument("grid", nargs="+", help="one; several axes; or headline grids of one condition")
     parser.add_argument(
         "--reference",
         default="VIMPO, value loss",
@@ -216,7 +222,7 @@ def main() -> None:
     elif grid.startswith("axis_"):
         print(axis_table(args.grid, args.reference))
     else:
-        print(tuning_table(grid) if grid.startswith("tune_") else table(grid, args.reference))
+        print(tuning_table(grid) if grid.startswith("tune_") else table(grid, args.reference, args.grid[1:]))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ CONDITIONS: dict[str, tuple[dict, dict[str, list[Setting]]]] = {
     "qwen3_noise_20": ({"flip_prob": 0.2, "model": "qwen3"}, TRIALS),
     "qwen3_clean": ({"batches": 40, "model": "qwen3"}, TRIALS),
     "qwen3_reuse": ({"batches": 20, "model": "qwen3"}, REUSE_TRIALS),
-    "family": ({"flip_prob": 0.2}, family.TRIALS),
+    "v05": ({"flip_prob": 0.2}, {"V0.5": family.TRIALS["V0.5"]}),
+    "pacs": ({"flip_prob": 0.2}, {"PACS": family.TRIALS["PACS"]}),
     "needles": ({**NEEDLES, "batches": 20}, NEEDLES_TRIALS),
     "needles_noise_20": ({**NEEDLES, "flip_prob": 0.2}, NEEDLES_TRIALS),
 }
@@ -170,10 +171,19 @@ def ties() -> list[Setting]:
     return [setting for changes in conditions for setting in each(trials, TUNING_SEEDS, **changes)]
 
 
+def sixteen_updates() -> list[Setting]:
+    """Are 16 updates a batch worth a place in SCHEDULES? Arms with a ratio, at the tuning seeds, like tune_qwen3_reuse."""
+    changes, trials = CONDITIONS["qwen3_reuse"]
+    labels = ("GRPO", "GRPO, KL loss", "KL in the reward", "VIMPO, clipped, old kappa")
+    tried = [replace(trials[label][0], updates=16, lr=lr) for label in labels for lr in (1e-4, 2e-4)]
+    return each(tried, TUNING_SEEDS, **changes)
+
+
 GRIDS: dict[str, Callable[[], list[Setting]]] = {
     "tie": ties,
     **{f"tune_{condition}": lambda condition=condition: tuning(condition) for condition in CONDITIONS},
     **{condition: lambda condition=condition: headline(condition) for condition in CONDITIONS},
+    "qwen3_reuse_16": sixteen_updates,
     "reversal": lambda: each(
         [Setting("grpo"), Setting("grpo", coeff=0.1), Setting("vimpo", coeff=0.5, form="clipped")],
         range(1, 6),

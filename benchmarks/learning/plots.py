@@ -81,12 +81,14 @@ def along_axes(grids: list[str], path: Path) -> None:
         panel.set_xlabel(DILUTION if is_dilution else MOVED[field])
         if field in ("responses", "tokens"):
             panel.set_xscale("log", base=2)
-        panel.set_xticks(x, [f"{value:g}" for value in x], minor=False)
+        ticks = sorted({value for line in panel.lines for value in line.get_xdata().tolist()})
+        panel.set_xticks(ticks, [f"{value:g}" for value in ticks])
         panel.minorticks_off()
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("accuracy at the end")
-    panels[0][0].set_ylim(0, 1)
-    panels[0][-1].legend(frameon=False, fontsize=8)
+    panels[0][0].set_ylim(0, 1.02)
+    lines = {line.get_label(): line for panel in panels[0] for line in panel.lines}
+    panels[0][-1].legend(lines.values(), lines.keys(), frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
