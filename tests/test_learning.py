@@ -251,7 +251,7 @@ COMPARED = {
     "reuse": "VIMPO, clipped",
     "qwen3_reuse": "VIMPO, clipped, old kappa",
 }
-BESIDE = {"noise_20": ["v05"]}  # arms of the same condition that have a grid of their own
+BESIDE = {"noise_20": ["v05", "pacs"]}  # arms of the same condition that have a grid of their own
 
 
 @pytest.mark.parametrize("grid", COMPARED)
