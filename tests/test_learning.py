@@ -260,7 +260,15 @@ def test_the_page_has_the_table_of_a_headline_grid(grid):
 
 
 @pytest.mark.parametrize(
-    "grid", [f"tune_{name}" for name in ("qwen3_noise_20", "qwen3_clean", "qwen3_reuse", "needles", "needles_noise_20")]
+    "grid",
+    [
+        "tune_qwen3_noise_20",
+        "tune_qwen3_clean",
+        "tune_qwen3_reuse",
+        "qwen3_reuse_16",
+        "tune_needles",
+        "tune_needles_noise_20",
+    ],
 )
 def test_the_page_has_the_whole_tuning_grid(grid):
     assert analysis.tuning_table(grid) in (ROOT / "docs/study.md").read_text()
