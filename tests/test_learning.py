@@ -268,6 +268,8 @@ def test_the_page_has_the_table_of_a_headline_grid(grid):
         "qwen3_reuse_16",
         "tune_needles",
         "tune_needles_noise_20",
+        "needles_tie",
+        "needles_noise_20_tie",
     ],
 )
 def test_the_page_has_the_whole_tuning_grid(grid):

@@ -171,6 +171,15 @@ def ties() -> list[Setting]:
     return [setting for changes in conditions for setting in each(trials, TUNING_SEEDS, **changes)]
 
 
+def weaker_ties(condition: str) -> list[Setting]:
+    """VIMPO's value loss on needles below the ties of the tuning grid, at its seeds: is it the tie that costs there?"""
+    changes, trials = CONDITIONS[condition]
+    rates = (0.02, 0.03) if condition == "needles" else (0.01, 0.014)
+    trial = trials["VIMPO, value loss"][0]
+    tried = [replace(trial, lr=lr, coeff=tie) for lr, tie in product(rates, (0.05, 0.1, 0.2, 0.5))]
+    return each(tried, TUNING_SEEDS, **changes)
+
+
 def sixteen_updates() -> list[Setting]:
     """Are 16 updates a batch worth a place in SCHEDULES? Arms with a ratio, at the tuning seeds, like tune_qwen3_reuse."""
     changes, trials = CONDITIONS["qwen3_reuse"]
@@ -184,6 +193,7 @@ GRIDS: dict[str, Callable[[], list[Setting]]] = {
     **{f"tune_{condition}": lambda condition=condition: tuning(condition) for condition in CONDITIONS},
     **{condition: lambda condition=condition: headline(condition) for condition in CONDITIONS},
     "qwen3_reuse_16": sixteen_updates,
+    **{f"{name}_tie": lambda name=name: weaker_ties(name) for name in ("needles", "needles_noise_20")},
     "reversal": lambda: each(
         [Setting("grpo"), Setting("grpo", coeff=0.1), Setting("vimpo", coeff=0.5, form="clipped")],
         range(1, 6),
