@@ -247,6 +247,7 @@ COMPARED = {
     "qwen3_noise_20": "VIMPO, value loss, 0.001, tie 1",
     "qwen3_clean": "VIMPO, value loss, 0.001, tie 1",
     "needles": "VIMPO, value loss",
+    "reversal": "VIMPO, clipped",
     "needles_noise_20": "VIMPO, value loss, 0.02, tie 1",
     "reuse": "VIMPO, clipped",
     "qwen3_reuse": "VIMPO, clipped, old kappa",
