@@ -102,10 +102,10 @@ def table(grid: str, reference: str, beside: Iterable[str] = ()) -> str:
     for trial, results in sorted(trials.items(), key=lambda item: -_mean_accuracy(item[1])):
         cells = [trial.label, trial.trial, str(len(results))]
         for value in (accuracy, area):
-            cells.append(_cell(mean_interval(np.array([value(result) for result in results.values()]))))
+            cells.append(cell(mean_interval(np.array([value(result) for result in results.values()]))))
         for value in (accuracy, area):
             ahead = paired_difference(results, trials[chosen[0]], value)
-            cells.append("" if trial == chosen[0] else _cell(ahead, sign=True))
+            cells.append("" if trial == chosen[0] else cell(ahead, sign=True))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -148,7 +148,7 @@ def axis_table(grids: Iterable[str], reference: str) -> str:
         cells = [point, str(len(found[reference])), f"{_mean_accuracy(found[reference]):.2f}"]
         cells += [f"{_mean_accuracy(found[arm]):.2f}" if arm in found else "" for arm in arms]
         cells += [
-            _cell(paired_difference(found[arm], found[reference]), sign=True) if arm in found else "" for arm in arms
+            cell(paired_difference(found[arm], found[reference]), sign=True) if arm in found else "" for arm in arms
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -198,7 +198,8 @@ def _mean_accuracy(results: dict[int, dict]) -> float:
     return float(np.mean([accuracy(result) for result in results.values()]))
 
 
-def _cell(interval: tuple[float, float, float], sign: bool = False) -> str:
+def cell(interval: tuple[float, float, float], sign: bool = False) -> str:
+    """Mean and interval, for a table."""
     form = "{:+.3f}" if sign else "{:.3f}"
     return "{} ({} to {})".format(*(form.format(value) for value in interval))
 

@@ -9,7 +9,7 @@ right, so it is the gradient of that answer's probability. At policies on the wa
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from itertools import product
 
@@ -18,7 +18,7 @@ import torch
 from one_file import collect
 from torch import Tensor
 
-from benchmarks.learning.analysis import RESULTS, mean_interval
+from benchmarks.learning.analysis import RESULTS, cell, mean_interval, paired_difference
 from benchmarks.learning.arms import ARMS
 from benchmarks.learning.grids import chosen
 from benchmarks.learning.run import make_task, start_policy, trained
@@ -91,22 +91,35 @@ def rows(done: list[dict]) -> Iterator[dict]:
 
 
 def table(found: list[dict], condition: str) -> str:
-    """Arms by policies: mean over the seeds and bootstrap interval."""
+    """Arms by policies: cosine, mean over the seeds and bootstrap interval."""
+    return _by_policy(
+        COMPARED, lambda *point: cell(mean_interval(np.array(list(_by_seed(found, condition, *point).values()))))
+    )
+
+
+def nearer(found: list[dict], condition: str, reference: str = "VIMPO, value loss") -> str:
+    """Arms by policies: how much greater the cosine of the arm `reference` is, paired by seed."""
+
+    def difference(path: str, after: int, label: str) -> str:
+        of_arm, of_reference = (_by_seed(found, condition, path, after, name) for name in (label, reference))
+        return cell(paired_difference(of_arm, of_reference, float), sign=True)
+
+    return _by_policy([label for label in COMPARED if label != reference], difference)
+
+
+def _by_seed(found: list[dict], condition: str, path: str, after: int, label: str) -> dict[int, float]:
+    return {
+        row["setting"]["seed"]: row["cosines"][label]
+        for row in found
+        if (row["condition"], row["path"], row["after"]) == (condition, path, after)
+    }
+
+
+def _by_policy(labels: Iterable[str], of: Callable[[str, int, str], str]) -> str:
     points = list(product(PATHS, AFTER))
-    head = ["arm", *(f"{path}, {after}" for path, after in points)]
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    for label in COMPARED:
-        cells = [label]
-        for path, after in points:
-            of_point = [
-                row["cosines"][label]
-                for row in found
-                if (row["condition"], row["path"], row["after"]) == (condition, path, after)
-            ]
-            mean, low, high = mean_interval(np.array(of_point))
-            cells.append(f"{mean:.2f} ({low:.2f} to {high:.2f})")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [["arm", *(f"{path}, {after}" for path, after in points)], ["---"] * (1 + len(points))]
+    rows += [[label, *(of(path, after, label) for path, after in points)] for label in labels]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> None:
@@ -115,7 +128,9 @@ def main() -> None:
     found = json.loads(FILE.read_text()) if FILE.exists() else []
     if parser.parse_args().table:
         for condition, title in CONDITIONS.items():
-            print(f"\n{title}:\n\n{table(found, condition)}")
+            print(
+                f"\n{title}:\n\n{table(found, condition)}\n\nVIMPO's value loss is nearer by:\n\n{nearer(found, condition)}"
+            )
         return
     for row in rows(found):
         found.append(row)
