@@ -67,6 +67,14 @@ def moe_models(tmp_path_factory):
 
 
 @pytest.fixture
+def own_forward(monkeypatch):
+    """verl's fused kernels replace the forward of the model's class, for every model of this process made before or after."""
+    from transformers import Qwen3ForCausalLM
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", Qwen3ForCausalLM.forward)
+
+
+@pytest.fixture
 def poisoned_outputs(monkeypatch):
     """Whatever a function makes by new_empty and does not write is NaN."""
     original = torch.Tensor.new_empty

@@ -14,7 +14,7 @@ from engine_samples import make_samples
 from test_engine import assert_close, assert_gradients_close
 from torch import Tensor, cat, equal
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_forward")]
 
 TOLERANCE = 1e-4  # float32 of two layers against float64
 TENSOR_CORES = 1e-2  # verl's Triton kernel multiplies with 10 bits of mantissa; 3.4e-3 seen
@@ -30,14 +30,6 @@ def wide_models(models):
     """verl's Triton kernel takes multiples of 128 only."""
     make_models(models / "wide", tied=True, hidden=128)
     return models / "wide"
-
-
-@pytest.fixture(autouse=True)
-def own_forward(monkeypatch):
-    """verl replaces it for the process."""
-    from transformers import Qwen3ForCausalLM
-
-    monkeypatch.setattr(Qwen3ForCausalLM, "forward", Qwen3ForCausalLM.forward)
 
 
 @pytest.mark.parametrize("use_remove_padding", [True, False], ids=["padding removed", "padding kept"])

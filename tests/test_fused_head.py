@@ -12,15 +12,9 @@ import torch
 from engine_harness import Setting, joint_pass, make_workers, run_step
 from engine_samples import make_samples
 
+pytestmark = pytest.mark.usefixtures("own_forward")
+
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def own_forward(monkeypatch):
-    """verl's fused kernels replace the forward of the model's class, for every model of this process made before or after."""
-    from transformers import Qwen3ForCausalLM
-
-    monkeypatch.setattr(Qwen3ForCausalLM, "forward", Qwen3ForCausalLM.forward)
 
 
 def assert_same_tokens(actual, expected):

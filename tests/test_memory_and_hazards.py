@@ -103,14 +103,11 @@ def test_the_update_in_one_pass_makes_one_logits_tensor_more_than_grpos(
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_update_in_one_pass_with_fused_kernels_makes_no_logits(
-    tied_models, small_buffers, monkeypatch, temperature
+    tied_models, own_forward, small_buffers, monkeypatch, temperature
 ):
     """Beside GRPO's update with them: chunks of both models, of `_LINEAR_CHUNK_TOKENS` tokens, here of four."""
-    from transformers import Qwen3ForCausalLM
-
     import vimpo_verl.token_statistics as token_statistics
 
-    monkeypatch.setattr(Qwen3ForCausalLM, "forward", Qwen3ForCausalLM.forward)  # verl replaces it for the process
     monkeypatch.setattr(token_statistics, "_LINEAR_CHUNK_TOKENS", CHUNK)
     setting = replace(SETTING, use_fused_kernels=True, temperature=temperature)
     samples, workers = make_samples(), make_workers(tied_models, setting)

@@ -124,10 +124,7 @@ def test_uneven_groups_and_placeholders(models):
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
 @pytest.mark.parametrize("use_remove_padding", [True, False])
-def test_fused_kernels(tied_models, monkeypatch, strategy, use_remove_padding):
-    from transformers import Qwen3ForCausalLM
-
-    monkeypatch.setattr(Qwen3ForCausalLM, "forward", Qwen3ForCausalLM.forward)  # verl replaces it for the process
+def test_fused_kernels(tied_models, own_forward, strategy, use_remove_padding):
     changed = {"strategy": strategy, "use_remove_padding": use_remove_padding}
     plain = run_step(tied_models, with_knobs(changed, actor_coeff=0.3, actor_trust=False), make_samples())
     two, one = two_then_one(

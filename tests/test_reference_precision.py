@@ -85,10 +85,7 @@ def test_a_mixture_of_experts(moe_models):
     assert_same_bits(half, whole)
 
 
-def test_with_fused_kernels(tied_models, monkeypatch):
-    from transformers import Qwen3ForCausalLM
-
-    monkeypatch.setattr(Qwen3ForCausalLM, "forward", Qwen3ForCausalLM.forward)  # verl replaces it for the process
+def test_with_fused_kernels(tied_models, own_forward):
     setting = replace(BF16, use_fused_kernels=True)
     (half, *_), (whole, *_) = passes_on_a_rank(0, tied_models, [setting, replace(setting, ref_model_dtype="fp32")])
     assert_same_bits(half, whole)
