@@ -1,5 +1,5 @@
-"""Claim: benchmarks/on_gpu.sh runs to its end with shapes for a CPU and writes what it says; keeps to the time that it is allowed;
-and does not end with 0 where a part failed or was not done.
+"""Claim: benchmarks/on_gpu.sh runs to its end with shapes for a CPU and writes what it says; keeps to the time that it is
+allowed; and does not end with 0 where a part failed or was not done.
 
 The first with this environment's Python; the others with a Python of the test's, because the shapes are a GPU's. Not claimed: the
 times and figures of a GPU.
