@@ -12,13 +12,23 @@
 # Needs torch, Triton, transformers, pandas, pyarrow and verl's engine, which is in the bundle; pytest and hypothesis for the tests;
 # no vLLM and no Ray cluster. A part that fails does not end the others. Exit status 1 where one failed or was not done in time.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-OUT=${1:-benchmarks/results}
-PYTHON=${PYTHON:-python3}
+OUT=$(realpath -m "${1:-$ROOT/benchmarks/results}")
 SMALL=${SMALL:-0}
+wrong() {
+    echo "on_gpu.sh: $1" >&2
+    exit 2
+}
+PYTHON=${PYTHON:-python3}
+found=$(type -P "$PYTHON") || wrong "PYTHON=$PYTHON is not there"
+PYTHON=$(realpath --no-symlinks "$found")  # of an environment the link, not what it points to
+[[ -z ${ALLOWED:-} || $ALLOWED =~ ^[1-9][0-9]*$ ]] || wrong "ALLOWED=$ALLOWED is not a number of seconds; without it, ten minutes"
+[[ -z ${BUNDLE:-} || -n $(compgen -G "$BUNDLE/*.whl") ]] || wrong "no wheels in BUNDLE=$BUNDLE; bash benchmarks/gpu_bundle.sh FOLDER collects them"
+"$PYTHON" -c "import torch" || wrong "PYTHON=$PYTHON has no torch"
 mkdir -p "$OUT"
-OUT=$(cd "$OUT" && pwd)
+[[ -z ${BUNDLE:-} ]] || BUNDLE=$(realpath "$BUNDLE")
+cd "$ROOT" || exit
 
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 HF_HUB_OFFLINE=1 VERL_USE_EXTERNAL_MODULES=vimpo_verl.plugin,verl_patches.cpu
 if [[ -n ${BUNDLE:-} ]]; then
@@ -31,7 +41,7 @@ if [[ -n ${BUNDLE:-} ]]; then
     PYTHONPATH+=:$SITE
 fi
 
-for module in torch triton transformers pandas pyarrow pytest hypothesis; do
+for module in triton transformers pandas pyarrow pytest hypothesis; do
     "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$module') is None)" ||
         echo "on_gpu.sh: $PYTHON has no $module: what needs it will fail" >&2
 done

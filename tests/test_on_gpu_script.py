@@ -88,3 +88,19 @@ def test_the_time_that_is_allowed_is_kept_and_what_it_costs_is_named(tmp_path, p
     assert done.stderr.count("on_gpu.sh: failed: ") == 5
     assert "failed: token statistics: not done when 4 seconds were over" in done.stderr
     assert all(f"failed: {step}: not begun, 4 seconds are over" in done.stderr for step in STEPS)
+
+
+@pytest.mark.parametrize(
+    "variable, value, said",
+    [
+        ("ALLOWED", "ten", "ALLOWED=ten is not a number of seconds"),
+        ("BUNDLE", "nowhere", "no wheels in BUNDLE=nowhere; bash benchmarks/gpu_bundle.sh FOLDER collects them"),
+        ("PYTHON", "/bin/false", "PYTHON=/bin/false has no torch"),
+        ("PYTHON", "nowhere/python", "PYTHON=nowhere/python is not there"),
+    ],
+)
+def test_a_wrong_variable_is_named_before_anything_runs(tmp_path, variable, value, said):
+    done = run(tmp_path / "out", **{variable: value})
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not parts(done) and not (tmp_path / "out").exists()
