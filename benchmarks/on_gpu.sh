@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What docs/performance.md shows of a GPU, in one command and within ten minutes, also on a machine without a network.
 #
-#   bash benchmarks/on_gpu.sh [OUT]                       writes OUT/*.json (default: benchmarks/results)
+#   bash benchmarks/on_gpu.sh [OUT]                       writes OUT/*.json (default: benchmarks/results; with SMALL=1 outputs/on_gpu)
 #   BUNDLE=FOLDER bash benchmarks/on_gpu.sh OUT           with the wheels of benchmarks/gpu_bundle.sh
 #   SMALL=1 bash benchmarks/on_gpu.sh OUT                 shapes for a CPU, to see that it runs
 #   ALLOWED=SECONDS bash benchmarks/on_gpu.sh OUT         another time for the whole than 590 s
@@ -14,20 +14,29 @@
 set -uo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-OUT=$(realpath -m "${1:-$ROOT/benchmarks/results}")
 SMALL=${SMALL:-0}
 wrong() {
     echo "on_gpu.sh: $1" >&2
     exit 2
 }
+if [[ $SMALL == 1 ]]; then OUT=$ROOT/outputs/on_gpu; else OUT=$ROOT/benchmarks/results; fi
+OUT=$(realpath -m "${1:-$OUT}")
 PYTHON=${PYTHON:-python3}
 found=$(type -P "$PYTHON") || wrong "PYTHON=$PYTHON is not there"
 PYTHON=$(realpath --no-symlinks "$found")  # of an environment the link, not what it points to
+[[ $SMALL == [01] ]] || wrong "SMALL=$SMALL is neither 1 nor 0"
 [[ -z ${ALLOWED:-} || $ALLOWED =~ ^[1-9][0-9]*$ ]] || wrong "ALLOWED=$ALLOWED is not a number of seconds; without it, ten minutes"
-[[ -z ${BUNDLE:-} || -n $(compgen -G "$BUNDLE/*.whl") ]] || wrong "no wheels in BUNDLE=$BUNDLE; bash benchmarks/gpu_bundle.sh FOLDER collects them"
 "$PYTHON" -c "import torch" || wrong "PYTHON=$PYTHON has no torch"
-mkdir -p "$OUT"
-[[ -z ${BUNDLE:-} ]] || BUNDLE=$(realpath "$BUNDLE")
+[[ $SMALL == 1 ]] || "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" ||
+    wrong "torch sees no GPU; SMALL=1 shows on a CPU that the script runs"
+if [[ -n ${BUNDLE:-} ]]; then
+    [[ -n $(compgen -G "$BUNDLE/*.whl") ]] || wrong "no wheels in BUNDLE=$BUNDLE; bash benchmarks/gpu_bundle.sh FOLDER collects them"
+    BUNDLE=$(realpath "$BUNDLE")
+    version=$("$PYTHON" -c "import sys; print(*sys.version_info[:2], sep='.')")
+    [[ -n $(compgen -G "$BUNDLE/ray-*-cp${version/./}-*.whl") ]] ||
+        wrong "the wheels in BUNDLE=$BUNDLE are not for Python $version; bash benchmarks/gpu_bundle.sh FOLDER $version collects those"
+fi
+mkdir -p "$OUT" || wrong "$OUT cannot be made"
 cd "$ROOT" || exit
 
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 HF_HUB_OFFLINE=1 VERL_USE_EXTERNAL_MODULES=vimpo_verl.plugin,verl_patches.cpu
@@ -58,7 +67,10 @@ part() { # NAME COMMAND...
     timeout --signal=ABRT --kill-after=10 "$left" "$@" || status=$?  # with PYTHONFAULTHANDLER it says where it was
     case $status in
         0) ;;
-        124) failed+=("$name: not done when $ALLOWED seconds were over") ;;
+        124)
+            echo "== $name: ended at $SECONDS s, where its stack above says"
+            failed+=("$name: not done when $ALLOWED seconds were over")
+            ;;
         *) failed+=("$name: exit status $status") ;;
     esac
 }

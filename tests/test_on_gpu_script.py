@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ["grpo", "grpo_kl", "vimpo", "vimpo_one_pass"]
@@ -29,7 +30,7 @@ def parts(done: subprocess.CompletedProcess) -> list[str]:
     return [
         line.split(", at ")[0][3:]
         for line in done.stdout.splitlines()
-        if line.startswith("== ") and "done" not in line and "left out" not in line
+        if line.startswith("== ") and not any(word in line for word in ("done", "left out", "ended"))
     ]
 
 
@@ -93,14 +94,37 @@ def test_the_time_that_is_allowed_is_kept_and_what_it_costs_is_named(tmp_path, p
 @pytest.mark.parametrize(
     "variable, value, said",
     [
-        ("ALLOWED", "ten", "ALLOWED=ten is not a number of seconds"),
+        ("ALLOWED", "590s", "ALLOWED=590s is not a number of seconds"),
+        ("SMALL", "true", "SMALL=true is neither 1 nor 0"),
         ("BUNDLE", "nowhere", "no wheels in BUNDLE=nowhere; bash benchmarks/gpu_bundle.sh FOLDER collects them"),
         ("PYTHON", "/bin/false", "PYTHON=/bin/false has no torch"),
         ("PYTHON", "nowhere/python", "PYTHON=nowhere/python is not there"),
     ],
 )
 def test_a_wrong_variable_is_named_before_anything_runs(tmp_path, variable, value, said):
-    done = run(tmp_path / "out", **{variable: value})
+    ends_before_it_begins(tmp_path / "out", said, **{"SMALL": "1", variable: value})
+    assert not (tmp_path / "out").exists()
+
+
+def test_wheels_of_another_python_are_named_with_what_collects_the_right_ones(tmp_path):
+    (tmp_path / "ray-2.55.1-cp27-cp27m-manylinux2014_x86_64.whl").touch()
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    said = f"are not for Python {version}; bash benchmarks/gpu_bundle.sh FOLDER {version} collects those"
+    ends_before_it_begins(tmp_path / "out", said, SMALL="1", BUNDLE=str(tmp_path))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_runs(tmp_path):
+    ends_before_it_begins(tmp_path / "out", "torch sees no GPU; SMALL=1 shows on a CPU that the script runs")
+
+
+def test_a_folder_that_cannot_be_made_ends_it(tmp_path, python):
+    (tmp_path / "file").touch()
+    ends_before_it_begins(tmp_path / "file" / "out", "file/out cannot be made", PYTHON=str(python))
+
+
+def ends_before_it_begins(out: Path, said: str, **variables: str) -> None:
+    done = run(out, **variables)
     assert done.returncode == 2
     assert said in done.stderr
-    assert not parts(done) and not (tmp_path / "out").exists()
+    assert not parts(done)
