@@ -212,6 +212,12 @@ def test_bypass_mode_with_several_updates_a_batch_is_warned_of(several, caplog):
     assert "of the policy of each update" in warning
 
 
+@pytest.mark.parametrize("setting", ["rollout_is=token", "rollout_rs=token_k1"])
+def test_a_correction_that_bypass_mode_leaves_out_is_warned_of(setting, caplog):
+    (warning,) = warned(caplog, *BYPASS, f"algorithm.rollout_correction.{setting}")
+    assert warning.startswith(f"vimpo_verl: algorithm.rollout_correction.{setting} with bypass_mode=True: nothing is")
+
+
 @pytest.mark.parametrize("without", [BYPASS, (*SEVERAL,)], ids=["one update", "two passes"])
 def test_and_either_alone_is_not(without, caplog):
     assert warned(caplog, *without) == []

@@ -1,4 +1,5 @@
-"""Claim: in separate_async, with a hybrid engine, every update of a cycle is the formula's, its old policy the cycle's first.
+"""Claim: in separate_async, with a hybrid engine, every update of a cycle is the formula's, its old policy the cycle's first;
+with bypass_mode its own, in one pass.
 
 And how far the samples' policies lie behind it is logged, by verl, in VIMPO's runs as in all.
 
@@ -61,6 +62,40 @@ def test_the_second_update_of_a_cycle(models, monkeypatch, kept_weights):
     assert relative(moved, expected) < 1e-3
     unlike = engine_formula.step(models, batches[1], **FORMULA)
     assert relative(moved, change(first["parameters"], unlike["parameters"])) > 0.02
+
+
+BYPASS = ("algorithm.rollout_correction.bypass_mode=True", "actor_rollout_ref.rollout.calculate_log_probs=True")
+
+
+def test_with_bypass_mode_each_update_of_a_cycle_is_one_pass_at_its_own_policy(models, monkeypatch, kept_weights):
+    """Of responses whose log-probs in the rollout are those of the policy that is updated, so that every ratio is 1."""
+    value_only = ("+algorithm.vimpo.use_actor=false", *BYPASS, *IN_ONE_PROCESS, "data.train_batch_size=8")
+    trainer, queue = make_trainer(make_config(models / "policy", *value_only), monkeypatch)
+    engine, start = trainer.actor_rollout_wg.worker.actor.engine, queue.start
+    reference, policy = (engine_formula.load(models / "policy") for _ in range(2))
+    of_formula = [{name: p.detach().clone() for name, p in policy.named_parameters()}]
+
+    def start_with_log_probs_of_the_rollout(samples):
+        batch = start(samples)
+        for row, log_probs in zip(queue.rows.values(), own, strict=True):
+            row["rollout_log_probs"] = log_probs.float()
+        return batch
+
+    queue.start = start_with_log_probs_of_the_rollout
+    for trigger, seed in enumerate((3, 4)):
+        samples, trainer.local_trigger_step = make_samples(seed=seed, tool_tokens=False), trigger
+        own = engine_formula.per_token(policy, reference, samples, 1.0)["log_probs"]
+        expected = engine_formula.step(models, samples, **FORMULA | {"coeff": 0.0}, policy=policy)
+        of_formula.append(expected["parameters"])
+        before, metrics = parameters_of(engine), run_trainer_step(trainer, queue, samples)
+        assert trainer.takes_one_pass and (metrics["vimpo/kl"] > 0) == (trigger == 1)
+        assert metrics["vimpo/value_loss"] == pytest.approx(expected["updates"][0]["value_loss"], rel=1e-4)
+        assert relative(change(before, parameters_of(engine)), change(*of_formula[-2:])) < 1e-3
+
+
+def test_one_pass_without_bypass_mode_is_refused():
+    (problem,) = refusals(vimpo(*SEPARATE, "+algorithm.vimpo.passes=one"))
+    assert "trainer.v1.trainer_mode=separate_async" in problem and problem.endswith("write algorithm.vimpo.passes=auto")
 
 
 def test_how_stale_the_samples_are_is_logged(models, monkeypatch):

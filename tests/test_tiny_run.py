@@ -1,7 +1,12 @@
-"""Claim: examples/tiny/run_tiny.sh is one script for both algorithms, whose configurations differ in the algorithm keys only."""
+"""Claim: examples/tiny/run_tiny.sh is one script for both algorithms, whose configurations differ in the algorithm keys only.
 
+Its report says no more than there is.
+"""
+
+import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,3 +164,15 @@ def test_otherwise_it_has_its_own_ray(python_stub, tmp_path, variables):
     config = resolved(given)
     assert config["trainer.nnodes"] == 1 and config["trainer.n_gpus_per_node"] == 1
     assert config["trainer.resume_mode"] == "disable" and config["trainer.save_freq"] == -1
+
+
+@pytest.mark.parametrize(
+    "steps, said", [(9, "9 steps are too few to show learning"), (10, "One seed a side is no comparison")]
+)
+def test_the_report_does_not_say_more_than_there_is(tmp_path, steps, said):
+    lines = [{"step": step, "data": {"critic/score/mean": step / 100, "timing_s/step": 1.0}} for step in range(steps)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, ROOT / "examples/tiny/report.py", "--runs", f"grpo={tmp_path}", f"vimpo={tmp_path}"]
+    done = subprocess.run([*command, "--png", tmp_path / "curves.png"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout and (tmp_path / "curves.png").stat().st_size > 0

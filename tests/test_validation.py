@@ -200,6 +200,47 @@ def test_a_refusal_names_the_key_and_what_to_write(override):
     assert REFUSED[override] in problem
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "null", "2.5", "few"])
+@pytest.mark.parametrize(
+    "key",
+    ["data.train_batch_size", "actor_rollout_ref.actor.ppo_mini_batch_size", "actor_rollout_ref.actor.ppo_epochs"],
+)
+def test_a_number_of_sequences_or_epochs_that_is_none_is_named(key, value):
+    """With which the other checks compute."""
+    (problem,) = refusals(vimpo(f"{key}={value}"))
+    assert f"{key}={value}: write a whole number of at least 1" in problem.replace("'", "")
+
+
+BYPASS = "algorithm.rollout_correction.bypass_mode=True"
+
+
+@pytest.mark.parametrize(
+    "overrides, wanted",
+    [
+        (
+            ("+algorithm.vimpo.passes=two",),
+            ["write algorithm.vimpo.passes=one or auto, or algorithm.rollout_correction"],
+        ),
+        (
+            ("+algorithm.vimpo.passes=two", "+algorithm.vimpo.kl_estimator=topk", "+algorithm.vimpo.topk=4"),
+            [
+                "no pass before the update; write algorithm.rollout_correction.bypass_mode=False",
+                "kl_estimator=topk needs",
+            ],
+        ),
+        (
+            ("actor_rollout_ref.actor.strategy=megatron", "+algorithm.vimpo.value_type=soft"),
+            ["value_type=soft needs", "strategy=megatron: one pass does not run there yet"],
+        ),
+    ],
+)
+def test_what_bypass_mode_does_not_go_with_is_named_at_once(overrides, wanted):
+    problems = [problem for problem in refusals(vimpo(BYPASS, *overrides)) if "bypass_mode=True" in problem]
+    assert len(problems) == len(wanted)
+    for problem, reason in zip(problems, wanted, strict=True):
+        assert reason in problem and problem.endswith("algorithm.rollout_correction.bypass_mode=False")
+
+
 def test_every_problem_is_listed_at_once():
     apart = ("torchtitan", "critic", "null", "lora")  # the same key twice, or one that hides others
     together = [o for o in REFUSED if not any(a in o for a in apart) and "ref." not in o.split("=")[0][18:]]
@@ -217,6 +258,7 @@ KEYS = [
     "algorithm.rollout_correction.rollout_rs", "algorithm.vimpo", "algorithm.vimpo.beta", "algorithm.reward_noise",
     "algorithm.reward_noise.flip_prob", "critic.enable", "trainer.use_v1", "trainer.v1.trainer_mode",
     "distillation.enabled",
+    "data.train_batch_size", "actor_rollout_ref.actor.ppo_mini_batch_size", "actor_rollout_ref.actor.ppo_epochs",
     "actor_rollout_ref.actor.strategy", "actor_rollout_ref.actor.policy_loss.loss_mode",
     "actor_rollout_ref.actor.use_prefix_grouper", "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
     "actor_rollout_ref.ref.strategy", "actor_rollout_ref.ref.fsdp_config.model_dtype",
@@ -270,7 +312,7 @@ def test_property_a_recipe_runs_or_is_refused_by_name(overrides):
     problems = knobs_of(config)[1] + recipe_checks.problems(config)
     problems += noise_of(config)[1] + recipe_checks.noise_problems(config)
     for problem in problems:
-        assert problem.startswith(("algorithm.", "trainer.", "critic.", "distillation.", "actor_rollout_ref."))
+        assert problem.startswith(("algorithm.", "trainer.", "critic.", "distillation.", "actor_rollout_ref.", "data."))
     if not overrides:
         assert problems == []
 

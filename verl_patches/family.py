@@ -18,8 +18,8 @@ class Member:
         name: of algorithm.adv_estimator, of its section under algorithm, and before the slash of its metrics.
         title: what messages call it.
         config: the function that reads its section: what stands there -> (knobs, problems).
-        recipe: the module with problems(config) and warnings(config, knobs) of a recipe and, where it sets anything of it
-            right, adjust(config).
+        recipe: the module with problems(config) and warnings(config, knobs) of a recipe; where there is something to say of
+            what an accepted one comes to, plan(config, knobs); where it sets anything of it right, adjust(config).
         trainer: the class that is put in front of verl's trainer, derived from family_trainer.FamilyTrainer.
         policy_loss: the class of actor.policy_loss that carries the knobs to the workers, in a field of the estimator's
             name; verl's loss_mode is the name, too. "": the workers need none, and verl's own policy loss stays.

@@ -96,12 +96,13 @@ class OnePassTrainer(VimpoTrainer):
         passes = decide(self.config, self.knobs)
         if not passes.one:
             return passes
-        is_asked_for = self.knobs.passes == "one" or bypasses_old_log_probs(self.config)
+        bypasses = bypasses_old_log_probs(self.config)
+        is_asked_for = self.knobs.passes == "one" or bypasses
         own = super()._compute_old_log_prob
-        if getattr(own, "__func__", own) is not PPOTrainer._compute_old_log_prob:
+        if not bypasses and getattr(own, "__func__", own) is not PPOTrainer._compute_old_log_prob:
             why = f"{type(self).__name__} has a _compute_old_log_prob of its own, which one pass would leave out"
             if is_asked_for:
-                raise TypeError(f"{SECTION}.passes: {why}")
+                raise TypeError(f"{SECTION}.passes=one: {why}; write {SECTION}.passes=auto")
             return Passes(False, why)
         if not is_asked_for and _is_of_a_user(type(self), "_compute_advantage"):
             why = (

@@ -7,6 +7,7 @@ from typing import Any
 from vimpo_verl.config import SECTION, VimpoConfig
 
 NOT_ON = "megatron"  # the engine whose update hands one pass nothing but kappa
+SEPARATE = "separate_async"  # verl's trainer mode with rollouts on GPUs of their own
 
 
 @dataclass(frozen=True)
@@ -47,42 +48,52 @@ def _without_statistics(knobs: VimpoConfig) -> str | None:
 
 def problems(config: Any, knobs: VimpoConfig) -> list[str]:
     """Why `passes` cannot be what is asked for. Arguments as for `decide`."""
-    bypass = bypasses_old_log_probs(config)
-    if bypass and config.actor_rollout_ref.actor.strategy == NOT_ON:
-        return [
-            f"algorithm.rollout_correction.bypass_mode=True with actor_rollout_ref.actor.strategy={NOT_ON}: one pass, which it "
-            "asks for, does not run there; write algorithm.rollout_correction.bypass_mode=False"
-        ]
-    if knobs.passes == "two" and bypass:
-        return [
-            f"{SECTION}.passes=two with algorithm.rollout_correction.bypass_mode=True: that recipe has no pass before the "
-            f"update; write {SECTION}.passes=one or auto, or algorithm.rollout_correction.bypass_mode=False"
-        ]
-    if knobs.passes == "one" and not bypass:
-        return [
-            f"{SECTION}.passes=one: {obstacle}; write {SECTION}.passes=auto" for obstacle in _obstacles(config, knobs)
-        ]
-    if bypass:
-        return [
-            f"algorithm.rollout_correction.bypass_mode=True, which is one pass: {switch}; write "
-            "algorithm.rollout_correction.bypass_mode=False"
-            for switch in _switches(knobs)
-        ]
-    return []
+    if bypasses_old_log_probs(config):
+        found = list(_against_bypass(config, knobs))
+        asked = "algorithm.rollout_correction.bypass_mode=True, which is one pass"
+        instead = "algorithm.rollout_correction.bypass_mode=False"
+        if knobs.passes == "two":
+            asked = f"{SECTION}.passes=two with algorithm.rollout_correction.bypass_mode=True"
+            instead = instead if found else f"{SECTION}.passes=one or auto, or {instead}"
+            found.insert(0, "that recipe has no pass before the update")
+    else:
+        found = list(_obstacles(config, knobs)) if knobs.passes == "one" else []
+        asked, instead = f"{SECTION}.passes=one", f"{SECTION}.passes=auto"
+    return [f"{asked}: {why}; write {instead}" for why in found]
+
+
+def _against_bypass(config: Any, knobs: VimpoConfig) -> Iterator[str]:
+    """What needs the pass that `bypass_mode` is without."""
+    yield from _switches(knobs)
+    if config.actor_rollout_ref.actor.strategy == NOT_ON:
+        yield f"actor_rollout_ref.actor.strategy={NOT_ON}: one pass does not run there yet"
 
 
 def warnings(config: Any) -> Iterator[str]:
     """What one pass means where a batch has several updates, which `bypass_mode` alone can bring. `config` as for `decide`."""
     actor = config.actor_rollout_ref.actor
-    updates = config.data.train_batch_size / actor.ppo_mini_batch_size
-    if bypasses_old_log_probs(config) and (updates > 1 or actor.ppo_epochs > 1):
-        yield (
-            f"algorithm.rollout_correction.bypass_mode=True with several updates a batch (data.train_batch_size="
-            f"{config.data.train_batch_size}, actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}, actor.ppo_epochs="
-            f"{actor.ppo_epochs}): there is no pass before the first, so kappa, values and advantages are those of the policy of "
-            "each update, and not of the one that all of them start from. For that one's, in a pass more a step: "
-            "algorithm.rollout_correction.bypass_mode=False"
+    updates, cycle = config.data.train_batch_size / actor.ppo_mini_batch_size, _updates_a_cycle(config)
+    if bypasses_old_log_probs(config) and (updates > 1 or actor.ppo_epochs > 1 or cycle > 1):
+        counts = (
+            f"data.train_batch_size={config.data.train_batch_size}, actor_rollout_ref.actor.ppo_mini_batch_size="
+            f"{actor.ppo_mini_batch_size}, actor_rollout_ref.actor.ppo_epochs={actor.ppo_epochs}"
         )
+        if cycle > 1:
+            counts += f", trainer.v1.{SEPARATE}.parameter_sync_step={cycle}"
+        yield (
+            f"algorithm.rollout_correction.bypass_mode=True with several updates ({counts}): there is no pass before the first, "
+            "so kappa, values and advantages are those of the policy of each update, and not of the one that all of them start "
+            "from. For that one's, in a pass more a step: algorithm.rollout_correction.bypass_mode=False"
+        )
+
+
+def _is_separate(config: Any) -> bool:
+    return config.trainer.get("v1", {}).get("trainer_mode") == SEPARATE
+
+
+def _updates_a_cycle(config: Any) -> int:
+    """Batches that verl trains on before the rollout has the policy's weights again."""
+    return config.trainer.v1.get(SEPARATE, {}).get("parameter_sync_step") or 1 if _is_separate(config) else 1
 
 
 def bypasses_old_log_probs(config: Any) -> bool:
@@ -108,13 +119,22 @@ def _obstacles(config: Any, knobs: VimpoConfig) -> Iterator[str]:
     updates = config.data.train_batch_size / actor.ppo_mini_batch_size
     if updates > 1:
         yield (
-            f"data.train_batch_size={config.data.train_batch_size} and actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} "
-            "make several updates a batch, and after the first the policy is not the one before the update"
+            f"data.train_batch_size={config.data.train_batch_size} and actor_rollout_ref.actor.ppo_mini_batch_size="
+            f"{actor.ppo_mini_batch_size} make several updates a batch, and after the first the policy is not the one before "
+            "the update"
         )
     if actor.ppo_epochs > 1:
-        yield f"actor.ppo_epochs={actor.ppo_epochs}: after the first epoch the policy is not the one before the update"
+        yield (
+            f"actor_rollout_ref.actor.ppo_epochs={actor.ppo_epochs}: after the first epoch the policy is not the one before the "
+            "update"
+        )
     if actor.strategy == NOT_ON:
         yield f"actor_rollout_ref.actor.strategy={NOT_ON}: one pass does not run there yet"
+    if _is_separate(config):
+        yield (
+            f"trainer.v1.trainer_mode={SEPARATE}: verl takes old log-probs at the policy that a cycle starts with, whose weights "
+            "it brings back for that pass"
+        )
     correction = config.algorithm.get("rollout_correction") or {}
     for name in ("rollout_is", "rollout_rs"):
         if correction.get(name) is not None:

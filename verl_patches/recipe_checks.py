@@ -11,12 +11,12 @@ from verl_patches import passes
 from verl_patches.engine_checks import engine_problems, has_lora
 from verl_patches.group_switch import budget_of
 from verl_patches.loss_checks import adjust_losses, loss_problems, loss_warnings
+from verl_patches.passes import SEPARATE
 from verl_patches.switch import knobs_of, section_of
 from vimpo_verl.config import VimpoConfig
 
 # Trainer modes of verl.trainer.ppo.v1 that FamilyTrainer can be put in front of.
 TRAINER_MODES = ("sync", "colocate_async")
-SEPARATE = "separate_async"  # VIMPO has a worker for it, where policy and reference are in one
 
 
 def problems(config: Any) -> list[str]:
@@ -48,6 +48,11 @@ def warnings(config: Any, knobs: VimpoConfig) -> list[str]:
     found += passes.warnings(config)
     found += loss_warnings(config, knobs)
     return found
+
+
+def plan(config: Any, knobs: VimpoConfig) -> str:
+    """What a step of an accepted recipe will be. Arguments as for `warnings`."""
+    return str(passes.decide(config, knobs))
 
 
 def adjust(config: Any) -> None:
@@ -88,6 +93,12 @@ _INTEGERS = (
     "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size",
     "actor_rollout_ref.actor.veomni.ulysses_parallel_size",
     "actor_rollout_ref.ref.veomni.ulysses_parallel_size",
+    "trainer.v1.separate_async.parameter_sync_step",
+)
+_COUNTS = (
+    "data.train_batch_size",
+    "actor_rollout_ref.actor.ppo_mini_batch_size",
+    "actor_rollout_ref.actor.ppo_epochs",
 )
 _SECTIONS = (
     "algorithm.rollout_correction",
@@ -96,6 +107,7 @@ _SECTIONS = (
     "actor_rollout_ref.actor.veomni.router_replay",
     "distillation",
     "critic",
+    "trainer.v1.separate_async",
 )
 
 
@@ -111,6 +123,14 @@ def type_problems(config: Any) -> Iterator[str]:
         value = OmegaConf.select(config, key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             yield f"{key}={value!r}: write an integer"
+    for key in _COUNTS:
+        value = OmegaConf.select(config, key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            yield f"{key}={_written(value)}: write a whole number of at least 1"
+
+
+def _written(value: Any) -> str:
+    return "null" if value is None else repr(value)
 
 
 def _switches(config: Any) -> Iterator[str]:
@@ -175,6 +195,7 @@ def _passes(config: Any) -> Iterator[str]:
 
 
 def _trainer(config: Any) -> Iterator[str]:
+    # VIMPO has a worker for SEPARATE, where policy and reference are in one.
     if config.trainer.get("v1", {}).get("trainer_mode") != SEPARATE or not config.trainer.get("use_v1", True):
         yield from trainer_problems(config, "VIMPO")
     elif not config.actor_rollout_ref.get("hybrid_engine", True):
@@ -215,6 +236,15 @@ def _taken_over(config: Any) -> Iterator[str]:
             f"algorithm.lam={lam}: GRPO and its like do not look at it, VIMPO does: a token's advantage counts what comes after "
             f"it with lambda to the distance, which reaches about {1 / (1 - lam):.3g} tokens. The paper's is algorithm.lam=1.0"
         )
+    correction = config.algorithm.get("rollout_correction") or {}
+    if passes.bypasses_old_log_probs(config):
+        for name in ("rollout_is", "rollout_rs"):
+            if correction.get(name) is not None:
+                yield (
+                    f"algorithm.rollout_correction.{name}={correction.get(name)} with bypass_mode=True: nothing is corrected "
+                    "there (of verl's losses loss_mode=bypass_mode alone does it); write "
+                    "algorithm.rollout_correction.bypass_mode=False for the correction"
+                )
     if config.actor_rollout_ref.actor.get("use_prefix_grouper", False):
         yield (
             "actor_rollout_ref.actor.use_prefix_grouper=True: verl's v1 trainer and its engines do not look at it, with any "

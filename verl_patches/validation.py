@@ -67,8 +67,9 @@ def prepare(config: Any) -> Any:
         recipe.adjust(config)
     _carry_to_workers(config, member, knobs)
     group_checks.carry_to_workers(config)
+    plan = f", {recipe.plan(config, knobs)}" if hasattr(recipe, "plan") else ""
     print(
-        f"vimpo_verl {__version__}: {member.title} accepted with this configuration: {knobs}, lam={config.algorithm.lam}"
+        f"vimpo_verl {__version__}: {member.title} accepted with this configuration{plan}: {knobs}, lam={config.algorithm.lam}"
     )
     _announce_noise(config)
     return knobs

@@ -73,6 +73,19 @@ def table(runs: list[Run]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in rows)
 
 
+def meaning(runs: list[Run]) -> str:
+    """What the table says, and what it does not."""
+    steps = min(len(run.series(REWARD)[1]) for run in runs)
+    if steps < 2 * ENDS:
+        seeds = f"{steps} steps are too few to show learning: the first and last {ENDS} overlap."
+    else:
+        seeds = "One seed a side is no comparison: README.md has several."
+    return (
+        f"Reward start and end: mean over the first and last {ENDS} steps. Validation: 256 held-out prompts, sampled.\n"
+        f"kl: exact KL to the reference per token; GRPO without a KL term has no reference, so none is measured.\n{seeds}"
+    )
+
+
 def plot(runs: list[Run], path: Path) -> None:
     """Reward of each step, and validation as points."""
     import matplotlib
@@ -105,11 +118,7 @@ def main() -> None:
 
     runs = [read_run(name, folder) for name, folder in args.runs]
     print(table(runs))
-    print(
-        f"\nReward start and end: mean over the first and last {ENDS} steps. Validation: 256 held-out prompts, sampled."
-        "\nkl: exact KL to the reference per token; GRPO without a KL term has no reference, so none is measured."
-        "\nOne seed a side shows that both learn, not which is better: README.md has several."
-    )
+    print(f"\n{meaning(runs)}")
     plot(runs, args.png)
     print(f"Curves: {args.png.resolve()}")
 
