@@ -4,8 +4,8 @@
 #
 #   bash benchmarks/gpu_bundle.sh FOLDER [VERSION]       wheels of Python VERSION (3.12) on Linux, x86-64, at most 60 MB
 #
-# They are those of verl's engine, without vLLM, and of Ray what can be imported: not its servers and Java, because
-# nothing starts a cluster. On the other machine: BUNDLE=FOLDER bash benchmarks/on_gpu.sh
+# They are those of verl's engine, without vLLM, and of the tests, and of Ray what can be imported: not its servers and Java,
+# because nothing starts a cluster. On the other machine: BUNDLE=FOLDER bash benchmarks/on_gpu.sh
 set -euo pipefail
 
 FOLDER=${1:?gpu_bundle.sh: name the folder to write}
@@ -19,6 +19,7 @@ PACKAGES=(
     annotated-types typing-inspection jmespath fastapi starlette python-multipart email-validator dnspython google-auth google-api-core
     googleapis-common-protos proto-plus pyasn1 pyasn1-modules cachetools pydantic-extra-types uvicorn watchfiles sniffio
     opencensus opencensus-context smart-open aiohttp-cors
+    click rich pygments markdown-it-py mdurl pytest pluggy iniconfig hypothesis sortedcontainers
     cloudpickle msgpack protobuf requests urllib3 charset-normalizer attrs xxhash pillow peft accelerate
 )
 SOURCE_ONLY=(antlr4-python3-runtime)  # on an index without a wheel; one is built, of Python alone

@@ -54,6 +54,7 @@ KL_IN_REWARD = (
     "algorithm.kl_ctrl.kl_coef=0.046",
     "algorithm.norm_adv_by_std_in_grpo=False",
 )
+TWO_PASSES = ("+algorithm.vimpo.passes=two",)
 NOISE_20 = ("+algorithm.reward_noise.flip_prob=0.2", "+algorithm.reward_noise.seed={seed}")
 CELLS = {
     "clean": Cell({"STEPS": "36", "LR": "1e-3"}, {"grpo": Arm("grpo"), "vimpo": Arm("vimpo")}),  # the quickstart's
@@ -74,6 +75,11 @@ CELLS = {
             "kl-in-reward": Arm("grpo", overrides=KL_IN_REWARD),
         },
         NOISE_20,
+    ),
+    # One pass, the default, against two.
+    "clean_two_passes": Cell({"STEPS": "36", "LR": "1e-3"}, {"vimpo-two-passes": Arm("vimpo", overrides=TWO_PASSES)}),
+    "noise_20_two_passes": Cell(
+        {"STEPS": "80", "LR": "7e-4"}, {"vimpo-two-passes": Arm("vimpo", overrides=TWO_PASSES)}, NOISE_20
     ),
     "reuse": Cell({"STEPS": "20", "PRESET": "reuse"}, {"grpo": Arm("grpo"), "vimpo": Arm("vimpo")}),
 }

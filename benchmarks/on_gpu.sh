@@ -9,8 +9,8 @@
 # In turn: the GPU's tests; token statistics against the copy bandwidth of the same run; a step on verl's FSDP engine for GRPO, GRPO with a
 # reference, VIMPO in two passes and in one, at Qwen3's shapes with random weights, with and without fused kernels; and if a minute is left,
 # the token statistics with other launch settings.
-# Needs torch, Triton, transformers, pandas, pyarrow and verl's engine, which is in the bundle; pytest and hypothesis for the tests;
-# no vLLM and no Ray cluster. A part that fails does not end the others. Exit status 1 where one failed or was not done in time.
+# Needs torch, Triton, transformers, pandas, pyarrow, and what is in the bundle: verl's engine, rich, pytest and hypothesis; no vLLM
+# and no Ray cluster. A part that fails does not end the others. Exit status 1 where one failed or was not done in time.
 set -uo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -67,7 +67,11 @@ part() { # NAME COMMAND...
     timeout --signal=ABRT --kill-after=10 "$left" "$@" || status=$?  # with PYTHONFAULTHANDLER it says where it was
     case $status in
         0) ;;
-        124)
+        124 | 137)
+            if ((SECONDS < ALLOWED)); then
+                failed+=("$name: killed, out of memory perhaps (exit status 137)")
+                return
+            fi
             echo "== $name: ended at $SECONDS s, where its stack above says"
             failed+=("$name: not done when $ALLOWED seconds were over")
             ;;
@@ -89,8 +93,8 @@ else
         tests/test_triton_kernel.py tests/test_token_statistics.py tests/test_exact_kl.py tests/test_engine_on_gpu.py
 fi
 part "token statistics" "$PYTHON" benchmarks/kl_function.py "${statistics[@]}" --json "$OUT/kl_function_gpu.json"
-for shape in "${shapes[@]}"; do
-    for fused in 0 1; do
+for fused in 0 1; do  # outside, so that what time may run out for is the fused kernels of the larger model
+    for shape in "${shapes[@]}"; do
         part "a step, $shape, fused $fused" "$PYTHON" benchmarks/engine_step.py "${step[@]}" --shape "$shape" --fused "$fused" \
             --json "$OUT/engine_step_gpu_${shape}_fused_$fused.json"
     done

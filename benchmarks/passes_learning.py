@@ -2,8 +2,13 @@
 
 The plain loop of examples/one_file.py (running sums, 0.1 million parameters), with the package's own functions: two passes is
 vimpo_verl.batch.compute_batch before the update, one pass is batch.compute_targets and vimpo_verl.one_pass in the update. The
-same start, prompts and random numbers for all arms of a seed. Reported: the share of right answers over the last ten batches
-of a run, for each seed, and the lowest share of a batch after the tenth, where a collapse shows.
+same start, prompts and random numbers for all arms of a seed; with the default's trust factor, which is 0 where the policy's
+judgement of a batch does not follow its outcomes, and without it, where every batch has its actor loss.
+
+Reported: the share of right answers over the last ten batches of a run, for each seed; the lowest share of a batch after the
+tenth, where a collapse shows; the share of batches that had an actor loss; and, over what one pass whitens with, the spread of a
+batch's raw advantages over that of the batch before: of the third batch, which is the first to have one, and the smallest and
+largest from the tenth on.
 
     OMP_NUM_THREADS=1 python benchmarks/passes_learning.py --seeds 1 2 3 4 5 --json benchmarks/results/passes_learning.json
 """
@@ -11,6 +16,7 @@ of a run, for each seed, and the lowest share of a batch after the tenth, where 
 import copy
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -18,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import torch
 from one_file import Rollout, RunningSums, Transformer, imitate, ppo_loss, train
-from report import arguments, show
+from report import arguments, show, spread
 from torch import Tensor
 
 from vimpo_verl import functional as F
@@ -39,10 +45,13 @@ class Loss:
 
     def __init__(self, config: VimpoConfig, passes: str):
         self.config, self.passes, self.before = config, passes, None
+        self.coeffs: list[float] = []  # c_A, a batch
+        self.spreads: list[float] = []  # the raw advantages' standard deviation, a batch
 
     def __call__(self, rollout: Rollout, log_prob: Tensor, logits: Tensor) -> Tensor:
         token_kl = F.exact_kl(logits.detach(), rollout.ref_logits)
         advantages, target, coeff = (self._two if self.passes == "two" else self._one)(rollout, log_prob, token_kl)
+        self.coeffs.append(float(coeff))
         loss = F.value_loss(log_prob, rollout.ref_log_prob, token_kl, target, rollout.mask, self.config.beta).mean()
         return loss + coeff * ppo_loss(rollout, log_prob, advantages) if coeff else loss
 
@@ -51,6 +60,7 @@ class Loss:
             old_log_prob=log_prob.detach(), ref_log_prob=rollout.ref_log_prob, token_kl=token_kl, lam=LAM,
             response_mask=rollout.mask, outcome=rollout.outcome, group=rollout.group, config=self.config,
         )  # fmt: skip
+        self.spreads.append(batch.metrics["vimpo/advantage_std"])
         return batch.advantages, batch.returns[:, 0], batch.actor_coeff  # every token of this task is valid
 
     def _one(self, rollout: Rollout, log_prob: Tensor, token_kl: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -71,40 +81,58 @@ class Loss:
         )  # fmt: skip
         metrics = one_pass.metrics(one_pass.cat([sums]), self.config, self.config.beta, before)
         self.before = one_pass.Statistics.of_metrics(metrics)
+        self.spreads.append(self.before.advantage_std)
         return found.whitened, target, batch.actor_coeff
 
 
 def arms(alphas: list[float]) -> dict[str, Callable[[], Loss]]:
     """Name -> what makes the loss of a run."""
     found = {"value loss alone": lambda: Loss(VimpoConfig(beta=0.05, use_actor=False), "two")}
-    for alpha in alphas:
-        for passes in ("two", "one"):
-            config = VimpoConfig(beta=0.05, actor_alpha=alpha)
-            found[f"alpha {alpha:g}, {passes}"] = lambda config=config, passes=passes: Loss(config, passes)
+    for trust, alpha, passes in product((True, False), alphas, ("two", "one")):
+        config = VimpoConfig(beta=0.05, actor_alpha=alpha, actor_trust=trust)
+        name = f"alpha {alpha:g}{'' if trust else ' without trust'}, {passes}"
+        found[name] = lambda config=config, passes=passes: Loss(config, passes)
     return found
+
+
+def short(values: list[float]) -> list[float]:
+    """With five digits, for the results file."""
+    return [float(f"{value:.5g}") for value in values]
+
+
+def growth(run: dict) -> list[float]:
+    """The spread of each batch's raw advantages over that of the batch before, from the third batch on: the first has none."""
+    spreads = run["spreads"]
+    return [now / before for before, now in zip(spreads[1:], spreads[2:], strict=False)]
+
+
+def row(arm: str, runs: list[dict]) -> dict:
+    ends = [mean(run["curve"][-10:]) for run in runs]
+    steady = [ratio for run in runs for ratio in growth(run)[7:]]  # of the tenth batch and later
+    return {
+        "arm": arm,
+        "share of right answers": mean(ends),
+        "of each seed": " ".join(f"{end:.2f}" for end in ends),
+        "lowest after batch 10": min(min(run["curve"][10:]) for run in runs),
+        "batches with an actor loss": mean(coeff > 0 for run in runs for coeff in run["coeffs"]),
+        "spread of batch 3 to 2": max(growth(run)[0] for run in runs),
+        "later": spread(steady),
+    }
 
 
 def main() -> None:
     options = arguments(__doc__.splitlines()[0], seeds=[1, 2, 3, 4, 5], alphas=[0.1, 0.3, 1.0], batches=60, lr=1e-3)
-    curves: dict[str, list[list[float]]] = {name: [] for name in arms(options.alphas)}
+    runs: dict[str, list[dict]] = {name: [] for name in arms(options.alphas)}
     for seed in options.seeds:
         torch.manual_seed(seed)
         task, start = RunningSums(), Transformer(vocabulary=11, positions=21)
         imitate(start, task, accuracy=0.34, seed=seed)
-        for name, loss in arms(options.alphas).items():
-            policy = copy.deepcopy(start)
-            curves[name].append(train(policy, task, loss(), batches=options.batches, lr=options.lr, seed=seed))
-            print(seed, name, f"{mean(curves[name][-1][-10:]):.3f}", flush=True)
-    rows = [
-        {
-            "arm": name,
-            "share of right answers": mean(mean(curve[-10:]) for curve in found),
-            "of each seed": " ".join(f"{mean(curve[-10:]):.2f}" for curve in found),
-            "lowest after batch 10": min(min(curve[10:]) for curve in found),
-        }
-        for name, found in curves.items()
-    ]
-    show("One pass against two on running sums", rows, options.json, curves=curves)
+        for name, make in arms(options.alphas).items():
+            policy, loss = copy.deepcopy(start), make()
+            curve = train(policy, task, loss, batches=options.batches, lr=options.lr, seed=seed)
+            runs[name].append({"curve": curve, "coeffs": short(loss.coeffs), "spreads": short(loss.spreads)})
+            print(seed, name, f"{mean(curve[-10:]):.3f}", flush=True)
+    show("One pass against two on running sums", [row(*arm) for arm in runs.items()], options.json, runs=runs)
 
 
 if __name__ == "__main__":

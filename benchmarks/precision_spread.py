@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-import conftest  # noqa: F401  sets the environment that verl reads at import
+import before_verl  # noqa: F401  first: verl reads it when it is imported
 import engine_harness as harness
 from engine_samples import make_samples
 

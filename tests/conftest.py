@@ -1,20 +1,10 @@
-"""Shared by all tests: the environment that verl needs on a machine without a GPU, and the marker `gpu`."""
+"""Shared by all tests: the profiles of hypothesis, the marker `gpu`, and models."""
 
 import os
 
-# Before anything imports verl: without a GPU, verl finds its platform in verl_patches.cpu through this variable.
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("VERL_PLATFORM", "cpu")
-    # Read when Triton is first imported, which the tests of any module may do before those of the kernel.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
+import before_verl  # noqa: F401  first: verl and Triton read it when they are imported
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 # The machine may be small and busy: no deadline a case. The long mode is `HYPOTHESIS_PROFILE=long bash tests/run.sh`.

@@ -163,6 +163,25 @@ def test_two_data_parallel_ranks_in_two_passes(tmp_path, grpo_run):
     assert run.steps[1]["vimpo/value_loss"] == pytest.approx(0.5 * run.steps[1]["vimpo/target_rms"] ** 2, rel=0.2)
 
 
+def test_two_data_parallel_ranks_in_one_pass(tmp_path):
+    """The default: the statistics that whiten a batch and weigh its actor loss are of both ranks."""
+    run = run_tiny(tmp_path, "vimpo", GRPO_STEPS, RANKS="2")
+    assert "one pass a step (one update a batch)" in run.log
+    once = GRPO_STEPS * SEQUENCES
+    assert run.forwards == {("reference", "infer"): once, ("policy", "train"): once}
+    for step in run.steps.values():
+        assert step.keys() >= VIMPO_METRICS | {"actor/entropy", "critic/advantages/mean"}
+        assert all(math.isfinite(value) for name, value in step.items() if name.startswith("vimpo/"))
+    assert run.steps[1]["vimpo/actor_coeff"] == run.steps[2]["vimpo/actor_coeff"] == 0.0
+    assert run.steps[1]["vimpo/residual_rms"] == run.steps[1]["vimpo/target_rms"] > 0
+    assert run.steps[1]["vimpo/kl"] == 0.0 < run.steps[2]["vimpo/kl"]
+    assert run.steps[1]["vimpo/value_loss"] == pytest.approx(0.5 * run.steps[1]["vimpo/target_rms"] ** 2, rel=0.2)
+    # What verl logs of the advantages that were trained on is the batch's own, whitened with the batch before.
+    before, third = run.steps[2], run.steps[3]
+    whitened = (third["vimpo/advantage_mean"] - before["vimpo/advantage_mean"]) / before["vimpo/advantage_std"]
+    assert third["critic/advantages/mean"] == pytest.approx(whitened, rel=1e-3)
+
+
 def test_step_takes_the_forwards_of_grpo_without_a_reference(vimpo_run):
     """Besides generation: one of the reference in the place of GRPO's old log-probs, and one of the policy, in the update."""
     _, run = vimpo_run

@@ -180,14 +180,15 @@ def test_stale_samples_from_vllm(tmp_path):
     )  # fmt: skip
     assert sorted(run.steps) == [1, 2, 3, 4]
     difference = {step: metrics["training/rollout_probs_diff_mean"] for step, metrics in run.steps.items()}
-    assert difference[1] < 1e-4 < 1e-3 < min(difference[3], difference[4])
     assert run.steps[1]["vimpo/kl"] == 0.0 < min(run.steps[step]["vimpo/kl"] for step in (2, 3, 4))
-    staleness = [run.steps[step]["training/off_policy/trajectory_staleness/max"] for step in (1, 2, 3, 4)]
-    assert staleness[0] == 0 < staleness[2] <= 2, staleness
+    staleness = {step: run.steps[step]["training/off_policy/trajectory_staleness/max"] for step in run.steps}
+    assert staleness[1] == 0 < staleness[3] <= 2, staleness
+    for step, difference_of_step in difference.items():  # how stale step 4 is, if at all, is a matter of timing
+        assert difference_of_step > 1e-3 if staleness[step] else difference_of_step < 1e-4, (step, staleness)
     for step in run.steps.values():
         assert all(math.isfinite(value) for name, value in step.items() if name.startswith("vimpo/"))
     assert run.steps[1]["rollout_corr/rollout_is_mean"] == pytest.approx(1.0, abs=1e-3)
-    assert run.steps[4]["rollout_corr/rollout_is_std"] > 10 * run.steps[1]["rollout_corr/rollout_is_std"]
+    assert run.steps[3]["rollout_corr/rollout_is_std"] > 10 * run.steps[1]["rollout_corr/rollout_is_std"]
 
 
 BYPASS = ("algorithm.rollout_correction.bypass_mode=True", "actor_rollout_ref.rollout.calculate_log_probs=True")

@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ["grpo", "grpo_kl", "vimpo", "vimpo_one_pass"]
-STEPS = [f"a step, qwen3-{size}b, fused {fused}" for size in ("0.6", "1.7") for fused in (0, 1)]
+STEPS = [f"a step, qwen3-{size}b, fused {fused}" for fused in (0, 1) for size in ("0.6", "1.7")]
 
 
 def run(out: Path, **variables: str) -> subprocess.CompletedProcess:
@@ -62,6 +62,15 @@ def test_with_shapes_for_a_cpu_it_runs_to_its_end(tmp_path):
         assert all(row["step s"] > 0 and row["update MB"] > 0 for row in rows.values())
 
 
+def test_the_benchmarks_do_without_what_the_tests_are_written_with():
+    """As a machine may have neither: they are imported in a process that cannot import pytest and hypothesis."""
+    modules = "engine_step, kl_function, kernel_settings"
+    program = f"import sys; sys.modules.update(pytest=None, hypothesis=None); import {modules}"
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_all_parts_of_a_gpu_in_the_order_of_what_they_are_worth(tmp_path, python):
     done = run(tmp_path, PYTHON=str(python))
     assert done.returncode == 0, done.stderr
@@ -83,12 +92,11 @@ def test_a_part_that_fails_is_named_and_does_not_end_the_others(tmp_path, python
 
 
 def test_the_time_that_is_allowed_is_kept_and_what_it_costs_is_named(tmp_path, python):
-    done = run(tmp_path, PYTHON=str(python), ALLOWED="4", TAKES="3")
+    done = run(tmp_path, PYTHON=str(python), ALLOWED="6", TAKES="60")
     assert done.returncode == 1
-    assert parts(done) == ["tests", "token statistics"]
-    assert done.stderr.count("on_gpu.sh: failed: ") == 5
-    assert "failed: token statistics: not done when 4 seconds were over" in done.stderr
-    assert all(f"failed: {step}: not begun, 4 seconds are over" in done.stderr for step in STEPS)
+    assert parts(done) == ["tests"]
+    assert "failed: tests: not done when 6 seconds were over" in done.stderr
+    assert all(f"failed: {part}: not begun, 6 seconds are over" in done.stderr for part in ["token statistics", *STEPS])
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,19 @@ def test_the_line_in_the_driver_names_the_knobs(capsys):
     assert "VIMPO accepted" in line and "in force" not in line and "beta=0.005" in line and "lam=0.95" in line
 
 
+def test_a_section_of_another_estimator_is_said_to_have_no_effect(capsys):
+    validate(compose("+algorithm.vimpo.passes=one"))
+    assert "inert (algorithm.adv_estimator=grpo); without effect there: algorithm.vimpo\n" in capsys.readouterr().out
+    validate(vimpo("+algorithm.pacs.beta=1.0"))
+    assert "; without effect there: algorithm.pacs\n" in capsys.readouterr().out
+
+
+def test_the_line_in_the_driver_begins_with_what_a_step_is(capsys):
+    for overrides, what in (((), "one pass a step"), (("actor_rollout_ref.actor.ppo_epochs=2",), "two passes a step")):
+        validate(vimpo(*overrides))
+        assert f"VIMPO accepted with this configuration, {what} (" in capsys.readouterr().out
+
+
 # override -> what the refusal must say besides the key: what to write instead
 REFUSED = {
     "algorithm.gamma=0.99": "algorithm.gamma=1.0",

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from verl_patches import engine_checks, group_checks, recipe_checks, seams
-from verl_patches.family import Member
+from verl_patches.family import FAMILY, Member
 from verl_patches.functions import wrap
 from verl_patches.presence import where_the_plugin_is
 from verl_patches.switch import knobs_of, member_of, noise_of
@@ -32,7 +32,8 @@ def install(config_module: ModuleType) -> None:
 
 def _validate_config(verls: Callable, config: Any, *args, **kwargs) -> None:
     if member_of(config) is None:
-        print(f"vimpo_verl {__version__}: loaded, inert (algorithm.adv_estimator={config.algorithm.adv_estimator})")
+        estimator = config.algorithm.adv_estimator
+        print(f"vimpo_verl {__version__}: loaded, inert (algorithm.adv_estimator={estimator}){_without_effect(config)}")
         sections = f"{NOISE_SECTION}, {BUDGET_SECTION} or {PRIOR_SECTION}"
         found = _noise_problems(config) + _group_problems(config)
         _refuse(f"{sections} cannot run with this configuration", list(dict.fromkeys(found)))
@@ -70,9 +71,18 @@ def prepare(config: Any) -> Any:
     plan = f", {recipe.plan(config, knobs)}" if hasattr(recipe, "plan") else ""
     print(
         f"vimpo_verl {__version__}: {member.title} accepted with this configuration{plan}: {knobs}, lam={config.algorithm.lam}"
+        f"{_without_effect(config)}"
     )
     _announce_noise(config)
     return knobs
+
+
+def _without_effect(config: Any) -> str:
+    """Sections of other estimators of the family, such as a recipe keeps that goes back to GRPO for a twin."""
+    idle = [
+        f"algorithm.{name}" for name in FAMILY if name != config.algorithm.adv_estimator and name in config.algorithm
+    ]
+    return f"; without effect there: {', '.join(idle)}" if idle else ""
 
 
 def _refuse(what: str, problems: list[str]) -> None:
