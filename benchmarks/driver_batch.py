@@ -3,13 +3,19 @@
 Two passes: compute_batch, of log-probs and kappa. One pass: compute_targets, of rewards and mask alone. "extra tensors" is the
 largest sum of the tensors alive beyond the inputs, the three results included, over a float32 tensor [B, T]. The last row of a
 recipe is extrapolated by tokens to 1,024 prompts x 16 responses x 32,768 tokens. --clock cpu counts processor seconds, for a
-machine that others use, too.
+machine that others use, too. --whole: the same tensors of the trainer's whole _compute_advantage, what it fetches included,
+beside those of verl's own with GRPO.
 
     OMP_NUM_THREADS=1 python benchmarks/driver_batch.py --clock cpu --json benchmarks/results/driver_batch_cpu.json
+    OMP_NUM_THREADS=1 python benchmarks/driver_batch.py --whole --tokens 1048576 8388608 \\
+        --json benchmarks/results/driver_whole_cpu.json
 """
 
+from argparse import Namespace
 from collections.abc import Callable
+from itertools import product
 from statistics import median
+from typing import Any
 
 import torch
 from report import arguments, interleaved, show
@@ -43,8 +49,24 @@ def functions(tokens: int, length: int) -> dict[str, Callable[[], object]]:
     }
 
 
+def whole_method(options: Namespace) -> list[dict[str, Any]]:
+    """The tensors of each recipe's whole method, all responses of one length and of half of it at least."""
+    from driver_method import FIELDS, tensors_alive
+
+    rows = []
+    for tokens, full, recipe in product(options.tokens, (True, False), FIELDS):
+        alive = tensors_alive(recipe, tokens // options.length, options.length, full)
+        lengths = f"{options.length:,}" if full else f"{options.length // 2:,} to {options.length:,}"
+        rows.append({"recipe": recipe, "tokens": tokens, "lengths": lengths, "tensors": alive})
+    return rows
+
+
 def main() -> None:
-    options = arguments(__doc__.splitlines()[0], tokens=[2**20, 2**23, 2**26], length=4096, repeats=3, clock="wall")
+    defaults = {"tokens": [2**20, 2**23, 2**26], "length": 4096, "repeats": 3, "clock": "wall", "whole": False}
+    options = arguments(__doc__.splitlines()[0], **defaults)
+    if options.whole:
+        show("The whole of _compute_advantage", whole_method(options), options.json)
+        return
     rows = []
     for tokens in options.tokens:
         calls = functions(tokens, options.length)

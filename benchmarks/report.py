@@ -14,10 +14,13 @@ import torch
 
 
 def arguments(description: str, **defaults: Any) -> argparse.Namespace:
-    """Parse `--json FILE` and one option for each of `defaults`; lists take several values."""
+    """Parse `--json FILE` and one option for each of `defaults`; lists take several values, False none: `--name` is True."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows there")
     for name, default in defaults.items():
+        if default is False:
+            parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
+            continue
         several = isinstance(default, list)
         kind = type(default[0] if several else default)
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+" if several else None, default=default)

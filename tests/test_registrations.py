@@ -85,6 +85,15 @@ def test_the_estimator_through_verl():
     torch.testing.assert_close(data.batch["returns"], torch.tensor([[0.5, 0.5], [-0.5, -0.5]]))
 
 
+def test_log_probs_are_let_go_of_once_there_is_a_result():
+    """verl then copies the results; a trainer that asks twice is told."""
+    with joint_pass_output(make_output()) as output:
+        vimpo_advantage(REWARDS, MASK, UID)
+        assert output.old_log_prob is output.ref_log_prob is output.token_kl is None
+        with pytest.raises(RuntimeError, match=r"there already.*super\(\)._compute_advantage once a batch"):
+            vimpo_advantage(REWARDS, MASK, UID)
+
+
 def test_the_joint_pass_is_forgotten_afterwards():
     with joint_pass_output(make_output()):
         pass

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from transfer_queue import KVBatchMeta
 
 
@@ -13,3 +15,8 @@ def data_parallel_size(worker_group: Any) -> int:
 def is_padding(batch: KVBatchMeta) -> list[bool]:
     """Which samples of a batch verl has added to fill it up."""
     return [bool(tag.get("is_padding", False)) for tag in batch.tags]
+
+
+def row_sums(tensor: Tensor) -> Tensor:
+    """[B], of [B, T], padded or nested: of a mask the valid tokens of each sequence."""
+    return torch.stack([row.sum() for row in tensor.unbind()])

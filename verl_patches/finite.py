@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_ROWS_AT_A_TIME = 2**18  # tokens
+_TOKENS_AT_A_TIME = 2**18
 
 
 def first_non_finite(tensor: Tensor, mask: Tensor | None = None) -> tuple[int, int, float, int] | None:
@@ -16,29 +16,26 @@ def first_non_finite(tensor: Tensor, mask: Tensor | None = None) -> tuple[int, i
     Returns:
         Row, position in the row, value, and how many there are; None if there is none.
     """
-    if tensor.is_nested:
-        found = _first(tensor.values().unsqueeze(0), None if mask is None else mask.values().unsqueeze(0))
-        if found is None:
-            return None
-        _, position, value, count = found
-        row = int(torch.searchsorted(tensor.offsets(), position, right=True)) - 1
-        return row, position - int(tensor.offsets()[row]), value, count
-    step = max(1, _ROWS_AT_A_TIME // max(1, tensor.shape[-1]))
-    first, count = None, 0
-    for start in range(0, len(tensor), step):
-        rows = slice(start, start + step)
-        found = _first(tensor[rows], None if mask is None else mask[rows])
-        if found is not None:
-            row, token, value, here = found
-            first, count = first or (start + row, token, value), count + here
-    return None if first is None else (*first, count)
+    if not tensor.is_nested:
+        return _first(tensor, mask)
+    found = _first(tensor.values().unsqueeze(-1), None if mask is None else mask.values().unsqueeze(-1))
+    if found is None:
+        return None
+    position, _, value, count = found
+    row = int(torch.searchsorted(tensor.offsets(), position, right=True)) - 1
+    return row, position - int(tensor.offsets()[row]), value, count
 
 
 def _first(tensor: Tensor, mask: Tensor | None) -> tuple[int, int, float, int] | None:
-    bad = ~torch.isfinite(tensor)
-    if mask is not None:
-        bad &= mask.bool()
-    if not bad.any():
-        return None
-    row, token = bad.nonzero()[0].tolist()
-    return row, token, tensor[row, token].item(), int(bad.sum())
+    """The same of a padded tensor, a few rows at a time: bools of the whole batch would be a copy, too."""
+    step = max(1, _TOKENS_AT_A_TIME // max(1, tensor.shape[-1]))
+    first, count = None, 0
+    for start in range(0, len(tensor), step):
+        block = tensor[start : start + step]
+        bad = ~torch.isfinite(block)
+        if mask is not None:
+            bad &= mask[start : start + step].bool()
+        if bad.any():
+            row, token = bad.nonzero()[0].tolist()
+            first, count = first or (start + row, token, block[row, token].item()), count + int(bad.sum())
+    return None if first is None else (*first, count)

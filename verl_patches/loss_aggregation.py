@@ -38,14 +38,14 @@ def mini_batch_size(config: Any) -> int:
     return config.actor_rollout_ref.actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
 
 
-def aggregation_weight(config: Any, response_mask: Tensor) -> float:
+def aggregation_weight(config: Any, length: Tensor) -> float:
     """What the actor loss's aggregation makes of a loss of 1 on every valid token of a mini-batch: 1 for "token-mean".
 
     So it is the sum of the weights of a mini-batch's tokens: a coefficient divided by it weighs the same in every mode.
 
     Args:
         config: verl's configuration, a DictConfig.
-        response_mask: [B, T], 0/1 or bool, of the whole batch, verl's placeholder samples included.
+        length: [B], valid tokens of each sequence of the whole batch, verl's placeholder samples included.
 
     Returns:
         The mean over the batch's mini-batches; 0 where no token is valid.
@@ -53,7 +53,7 @@ def aggregation_weight(config: Any, response_mask: Tensor) -> float:
     Raises:
         ValueError: verl has no such mode.
     """
-    return _share(config, response_mask.sum(-1), len(response_mask) / mini_batch_size(config))
+    return _share(config, length, len(length) / mini_batch_size(config))
 
 
 def full_length_weight(config: Any) -> float:

@@ -23,7 +23,7 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
 
-from verl_patches.batches import is_padding
+from verl_patches.batches import is_padding, row_sums
 from verl_patches.family_trainer import require_one_output_a_session, session_ends
 from verl_patches.loss_aggregation import aggregation_weight, mini_batch_size
 from verl_patches.names import (
@@ -157,7 +157,7 @@ class OnePassTrainer(VimpoTrainer):
             before=self.before,
             is_padding=torch.tensor(is_padding(batch)),
             config=self.run_beta.config,
-            actor_loss_weight=aggregation_weight(self.config, data["response_mask"].to_padded_tensor(0)),
+            actor_loss_weight=aggregation_weight(self.config, row_sums(data["response_mask"])),
             prior=getattr(self, "batch_prior", None),  # of PriorTrainer, where a prior is asked for
         )
 

@@ -55,17 +55,20 @@ class PacsTrainer(FamilyTrainer):
             ValueError: a reward is neither 0 nor 1, naming the sample.
         """
         require_one_output_a_session(batch.keys)
+        with old_policy(self._estimator_input(batch)):
+            return super()._compute_advantage(batch, metrics)
+
+    def _estimator_input(self, batch: KVBatchMeta) -> OldPolicy:
+        """What the estimator is handed, once it is sound; labels and groups go to the queue. Errors as above."""
         fields = ["old_log_probs", "rm_scores", "response_mask"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        mask, every_token = data["response_mask"], torch.ones_like(data["rm_scores"])
+        mask = data["response_mask"]
         self.require_sound(batch, mask, "the policy's logits are not finite there", old_log_prob=data["old_log_probs"])
-        self.require_sound(batch, every_token, "the reward function returned it", reward=data["rm_scores"])
+        self.require_sound(batch, None, "the reward function returned it", reward=data["rm_scores"])
         outcome = torch.stack([scores.sum() for scores in data["rm_scores"].unbind()]).float()
         self._require_labels(batch, outcome)
         tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=_labels_and_groups(batch, outcome))
-        padded = data.to_padded_tensor()
-        with old_policy(OldPolicy(self.knobs, padded["old_log_probs"])):
-            return super()._compute_advantage(batch, metrics)
+        return OldPolicy(self.knobs, data.select("old_log_probs").to_padded_tensor()["old_log_probs"])
 
     def _require_labels(self, batch: KVBatchMeta, outcome: torch.Tensor) -> None:
         strange = ((outcome != 0) & (outcome != 1)).nonzero().flatten().tolist()

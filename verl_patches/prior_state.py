@@ -91,7 +91,7 @@ class PriorTrainer:
                 f"step {self.global_steps}: the batch has answers without a prior, from the checkpoint of a run that had "
                 f"none. Start that checkpoint's asynchronous run anew, or resume without what reads {SECTION}"
             )
-        rewards = [scores.sum().item() for scores in data["rm_scores"].unbind()]
+        rewards = [scores.sum().item() for scores in data.pop("rm_scores").unbind()]
         _require_rates(rewards, keys, self.global_steps)
         priors = [Prior(*pair) for pair in zip(map(float, data[PRIOR]), map(float, data[PRIOR_WEIGHT]), strict=True)]
         self.batch_prior = _of_batch(len(batch.keys), real, priors)

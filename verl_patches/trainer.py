@@ -14,7 +14,7 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.workers.utils.padding import response_from_nested
 
-from verl_patches.batches import is_padding
+from verl_patches.batches import is_padding, row_sums
 from verl_patches.checkpoints import loaded_folder
 from verl_patches.family_trainer import FamilyTrainer, require_one_output_a_session, say, session_ends
 from verl_patches.loss_aggregation import aggregation_weight
@@ -22,6 +22,7 @@ from verl_patches.names import ACTOR_COEFF, BETA, IS_REAL, VALUE_MASK, VALUE_SCA
 from verl_patches.passes import bypasses_old_log_probs
 from verl_patches.run_beta import RunBeta
 from verl_patches.worker import VimpoActorRolloutRefWorker
+from vimpo_verl import functional as F
 from vimpo_verl.registrations import JointPassOutput, joint_pass_output
 
 PAPERS_NATS = 1 / 5e-4  # what R - V0 = 1 asks for at the paper's beta
@@ -84,6 +85,8 @@ class VimpoTrainer(FamilyTrainer):
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         whole = self._mask_before_rejection(batch)
         output = self._estimator_input(batch)
+        if whole is not None:
+            output.response_mask = torch.nested.to_padded_tensor(whole, padding=0)
         with joint_pass_output(output):
             batch = super()._compute_advantage(batch, metrics)
         result = output.result
@@ -100,17 +103,16 @@ class VimpoTrainer(FamilyTrainer):
         return batch
 
     def _estimator_input(self, batch: KVBatchMeta) -> Any:
-        """What the joint pass has found for the estimator, once it is sound."""
+        """What the joint pass has found for the estimator, once it is sound. Of the size of the batch no more than the estimator
+        needs: verl holds rewards, mask and log-probs of its own meanwhile."""
         if self.knobs.value_type == "soft" or self.knobs.actor_advantage == "grpo":  # which compare rows, not sessions
             require_one_output_a_session(batch.keys)
         fields = ["old_log_probs", "ref_log_prob", "token_kl", "rm_scores", "response_mask"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         self.require_sound_rewards(batch, data["rm_scores"])
-        padded = data.to_padded_tensor()
-        mask = padded["response_mask"]
-        self.require_sound(
-            batch, mask, "the policy's logits are not finite there", old_log_prob=padded["old_log_probs"]
-        )
+        mask = data["response_mask"]
+        self.require_sound(batch, mask, "the policy's logits are not finite there", old_log_prob=data["old_log_probs"])
+        padded = data.select("old_log_probs", "ref_log_prob", "token_kl").to_padded_tensor()
         return JointPassOutput(
             old_log_prob=padded["old_log_probs"],
             ref_log_prob=padded["ref_log_prob"],
@@ -118,8 +120,7 @@ class VimpoTrainer(FamilyTrainer):
             is_padding=torch.tensor(is_padding(batch)),
             config=self.run_beta.config,
             lam=self.config.algorithm.lam,
-            actor_loss_weight=aggregation_weight(self.config, mask),
-            response_mask=mask,
+            actor_loss_weight=aggregation_weight(self.config, row_sums(mask)),
             session_end=torch.tensor(session_ends(batch.keys)),
             prior=getattr(self, "batch_prior", None),  # of PriorTrainer, where a prior is asked for
         )
@@ -129,18 +130,19 @@ class VimpoTrainer(FamilyTrainer):
         self.require_sound(batch, None, "the reward function returned it", reward=rewards)
 
     def _mask_before_rejection(self, batch: KVBatchMeta) -> torch.Tensor | None:
-        """Nested [B, response]; None where verl rejects nothing."""
+        """Nested [B, response], bools, which are an eighth of verl's integers; None where verl rejects nothing."""
         correction = self.config.algorithm.get("rollout_correction") or {}
         if correction.get("rollout_rs") is None or bypasses_old_log_probs(self.config):
             return None
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask"])
-        return data["response_mask"]
+        F.require_mask(data["response_mask"].values())  # as a bool, every other number would be valid
+        return data["response_mask"].bool()
 
     def _keep_whole_responses(self, batch: KVBatchMeta, whole: torch.Tensor) -> None:
         """After verl's rejection: L_V is about whole responses, but for those of which nothing is left, which leave it, too.
 
         Args:
-            whole: nested [B, response], the mask before the rejection. That after it is in the queue, for the actor loss.
+            whole: nested [B, response], bools, the mask before the rejection. That after it is in the queue, for the actor loss.
         """
         data = tq.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask", IS_REAL]
@@ -148,7 +150,7 @@ class VimpoTrainer(FamilyTrainer):
         left = torch.stack([row.any() for row in data["response_mask"].unbind()])
         anything = torch.stack([row.any() for row in whole.unbind()])
         kept = left | ~anything  # a response without a valid token has not been rejected
-        rows = [row * keep for row, keep in zip(whole.unbind(), kept, strict=True)]
+        rows = [(row & keep).long() for row, keep in zip(whole.unbind(), kept, strict=True)]
         fields = {
             VALUE_MASK: torch.nested.as_nested_tensor(rows, layout=torch.jagged),
             IS_REAL: data[IS_REAL] * kept.to(data[IS_REAL].dtype),
@@ -163,7 +165,7 @@ class VimpoTrainer(FamilyTrainer):
         Args:
             returns: [B, T], R - V0 on every valid token.
         """
-        farthest = returns.abs().amax().item() if returns.numel() else 0.0
+        farthest = max(abs(end.item()) for end in returns.aminmax()) if returns.numel() else 0.0
         beta = self.run_beta.found
         usual = beta.reward_range or beta.value * PAPERS_NATS
         if farthest <= TOO_FAR * usual or self.scale_said:

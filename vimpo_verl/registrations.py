@@ -28,7 +28,7 @@ class JointPassOutput:
     """What the joint pass found for a batch; the estimator leaves its result in it.
 
     Attributes:
-        old_log_prob, ref_log_prob, token_kl: [B, T], in nats, padded on the right.
+        old_log_prob, ref_log_prob, token_kl: [B, T], in nats, padded on the right. None once there is a result.
         is_padding: [B] bool, placeholder sequences that verl added.
         config: the knobs.
         lam: verl's algorithm.lam.
@@ -40,9 +40,9 @@ class JointPassOutput:
         result: filled by the estimator.
     """
 
-    old_log_prob: Tensor
-    ref_log_prob: Tensor
-    token_kl: Tensor
+    old_log_prob: Tensor | None
+    ref_log_prob: Tensor | None
+    token_kl: Tensor | None
     is_padding: Tensor
     config: VimpoConfig
     lam: float
@@ -120,7 +120,7 @@ def vimpo_advantage(
         [B, T] = R - V0 on every valid token.
 
     Raises:
-        RuntimeError: there is no kappa for this batch, because VIMPO's trainer is not in force.
+        RuntimeError: there is no kappa for this batch, because VIMPO's trainer is not in force; or it has been asked before.
         ValueError: the joint pass belongs to another batch, or the rewards have several channels.
     """
     output = _joint_pass_output.get()
@@ -129,6 +129,11 @@ def vimpo_advantage(
             "adv_estimator=vimpo: this batch has no kappa, because VIMPO's trainer is not in force in this process. "
             "Run `vimpo check` in the environment of the process that failed; a trainer of your own must derive from verl's "
             "PPOTrainerSync or PPOTrainerColocateAsync (verl.trainer.ppo.v1) and be made with verl's configuration"
+        )
+    if isinstance(output, JointPassOutput) and output.result is not None:
+        raise RuntimeError(
+            "adv_estimator=vimpo: the advantages of this batch are there already, and its log-probs are gone. A trainer of your "
+            "own must call super()._compute_advantage once a batch"
         )
     if isinstance(output, JointPassOutput) and output.token_kl.shape != response_mask.shape:
         raise ValueError(
@@ -163,6 +168,7 @@ def vimpo_advantage(
         **of_the_batch,
         session_end=output.session_end,
     )
+    output.old_log_prob = output.ref_log_prob = output.token_kl = None  # verl copies the results next
     return output.result.advantages, output.result.returns
 
 
