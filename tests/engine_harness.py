@@ -341,6 +341,8 @@ class training_data:
         self.samples, self.per_token, self.batch, self.setting = samples, per_token, batch, setting
 
     def __getitem__(self, mine: slice) -> TensorDict:
+        from verl.utils import tensordict_utils as tu
+
         data = self.basics(mine)
         samples = self.samples[mine]
         for name, source in {
@@ -350,6 +352,7 @@ class training_data:
         }.items():
             data[name] = nested(self.per_token[source][mine])
         data["advantages"] = self.over_response(self.batch.advantages[mine], samples)
+        tu.assign_non_tensor(data, vimpo_at_old_policy=True)
         return data
 
     def over_response(self, rows: torch.Tensor, samples: list[Sample]) -> torch.Tensor:

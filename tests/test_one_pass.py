@@ -44,6 +44,9 @@ SETTINGS = {
     "entropy": {"actor": {"entropy_coeff": 0.02}},
     "KL loss": {"actor": {"use_kl_loss": True, "kl_loss_coef": 0.03}},
     "equal models": {"equal_models": True},
+    # Where verl's own log-probs are rounded to half precision, those of the pass before the update are not.
+    "bfloat16": {"dtype": "bf16"},
+    "bfloat16, padding kept": {"dtype": "bf16", "use_remove_padding": False},
 }
 
 
@@ -102,6 +105,16 @@ def test_the_update_with_the_actor_loss_is_that_of_two_passes_given_the_same_sta
     two, one = two_then_one(models, changed, make_samples(), actor_coeff=0.3, actor_trust=False)
     assert_same_gradients(one.gradients, two.gradients)
     assert_same_metrics(one.metrics, two.metrics, BATCH_METRICS | UPDATE_METRICS)
+
+
+def test_the_first_update_of_several_has_no_ratio_and_the_next_has_one(models):
+    """In bfloat16, where the ratio of a policy that has not moved (lr=0) is noise around 1; without value_clip L_V has none."""
+    halves, samples = Setting(dtype="bf16", mini_batches=2, knobs={"use_actor": False}), make_samples()
+    found = run_step(models, halves, samples).gradients
+    expected = run_step(models, replace(halves, knobs={"use_actor": False, "value_clip": None}), samples).gradients
+    assert_same_gradients(found[:1], expected[:1])
+    with pytest.raises(AssertionError):
+        assert_same_gradients(found[1:], expected[1:], 1e-3)
 
 
 def test_the_default_coefficient_follows_from_the_statistics(models):
@@ -307,6 +320,35 @@ def test_a_batch_of_several_updates_takes_two_passes(models, monkeypatch, capsys
     assert "the batch has 16 responses, 2 mini-batches: two passes" in capsys.readouterr().out
     run_trainer_step(trainer, queue, few)
     assert "old_log_probs" not in next(iter(queue.rows.values()))
+
+
+HALF = "++actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"
+
+
+def with_old_log_probs_of_its_own() -> type:
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    class Own(PPOTrainerSync):
+        def _compute_old_log_prob(self, batch, metrics):
+            batch = super()._compute_old_log_prob(batch, metrics)
+            for row in self.actor_rollout_wg.queue.rows.values():
+                row["old_log_probs"] = row["old_log_probs"] + 0.1
+            return batch
+
+    return Own
+
+
+def test_in_two_passes_the_ratio_of_the_one_update_is_exactly_1_in_half_precision(models, monkeypatch):
+    trainer, queue, steps = trainer_steps(models, monkeypatch, "+algorithm.vimpo.passes=two", HALF, *FIXED)
+    assert all(metrics["actor/ppo_kl"] == metrics["actor/pg_clipfrac"] == 0.0 for metrics in steps)
+    assert any((row["old_log_probs"] != row["old_log_probs"].bfloat16()).any() for row in queue.rows.values())
+    assert steps[2]["vimpo/advantage_std"] > 0 and steps[2]["vimpo/actor_coeff"] == 0.3
+
+
+def test_old_log_probs_of_a_trainer_of_ones_own_keep_their_ratio(models, monkeypatch):
+    trainer, queue = make_trainer(make_config(models / "policy"), monkeypatch, stock=with_old_log_probs_of_its_own())
+    metrics = run_trainer_step(trainer, queue, make_samples(tool_tokens=False))
+    assert metrics["actor/ppo_kl"] == pytest.approx(0.1, rel=1e-4)
 
 
 BYPASS = (

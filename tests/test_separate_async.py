@@ -57,6 +57,7 @@ def test_the_second_update_of_a_cycle(models, monkeypatch, kept_weights):
     for row, expected in zip(queue.rows.values(), old["log_probs"], strict=True):
         torch.testing.assert_close(row["old_log_probs"].double(), expected, rtol=1e-4, atol=1e-4)
         assert not row["token_kl"].any(), "of the policy that the cycle started with, which is the reference"
+    assert metrics[0]["actor/ppo_kl"] == 0.0 != metrics[1]["actor/ppo_kl"]
     assert metrics[1]["vimpo/value_loss"] == pytest.approx(second["updates"][0]["value_loss"], rel=1e-4)
     moved, expected = change(*parameters), change(first["parameters"], second["parameters"])
     assert relative(moved, expected) < 1e-3

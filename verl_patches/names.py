@@ -6,6 +6,7 @@ BETA = "vimpo_beta"  # float, the beta of the run
 IS_REAL = "vimpo_is_real"  # [B], 0 for the placeholder samples that verl adds to fill a batch, and for rejected ones
 VALUE_MASK = "vimpo_value_mask"  # [B, T], of L_V, where verl's rejection has taken tokens out of response_mask
 NUM_SEQUENCES = "vimpo_num_sequences"  # int, real sequences of the global mini-batch
+AT_OLD_POLICY = "vimpo_at_old_policy"  # bool: old_log_probs are the policy's as it is now; in a batch's first update
 
 # In one pass:
 ONE_PASS = "vimpo_one_pass"  # True: the update finds log-probs and kappa itself

@@ -29,6 +29,7 @@ from verl_patches.loss_aggregation import aggregation_weight, mini_batch_size
 from verl_patches.names import (
     ADVANTAGE_MEAN,
     ADVANTAGE_STD,
+    AT_OLD_POLICY,
     GROUP,
     IS_REAL,
     LAM,
@@ -38,7 +39,7 @@ from verl_patches.names import (
     ROW,
     STEP,
 )
-from verl_patches.passes import Passes, bypasses_old_log_probs, decide
+from verl_patches.passes import Passes, bypasses_old_log_probs, decide, is_separate
 from verl_patches.trainer import VimpoTrainer
 from vimpo_verl.beta import STATE
 from vimpo_verl.config import SECTION
@@ -186,7 +187,13 @@ class OnePassTrainer(VimpoTrainer):
             batch.extra_info.update({LAM: float(self.config.algorithm.lam), STEP: self.global_steps})
         else:
             self.before = Statistics.of_metrics(metrics)
+            batch.extra_info[AT_OLD_POLICY] = self._is_at_old_policy()
         return batch
+
+    def _is_at_old_policy(self) -> bool:
+        """In two passes: whether the old log-probs are those of the policy as it is now, which the update starts from."""
+        cycle_has_begun = is_separate(self.config) and self.local_trigger_step > 0
+        return not (cycle_has_begun or _is_of_a_user(type(self), "_compute_old_log_prob"))
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._update_actor(batch, metrics)

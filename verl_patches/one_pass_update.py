@@ -36,6 +36,15 @@ from vimpo_verl import one_pass
 from vimpo_verl.config import VimpoConfig
 
 
+def own_log_prob(model_output: dict[str, Tensor], data: TensorDict) -> Tensor:
+    """[B, T], verl's log-probs of the update, detached: the old ones of an update that starts at the old policy.
+
+    Its ratio is then exactly 1. To log-probs of a pass before it would be noise around 1 in half precision, to which verl rounds
+    those of an update where flash-attn's cross entropy is not installed, and the joint pass does not.
+    """
+    return no_padding_2_padding(model_output["log_probs"].detach(), data)
+
+
 def is_one_pass(data: TensorDict) -> bool:
     """Whether a batch is to be trained on without a pass before the update."""
     return bool(tu.get_non_tensor_data(data, ONE_PASS, False))
@@ -95,7 +104,7 @@ class OnePassUpdate:
             found.whitened,
         )
         if "old_log_probs" not in data.keys():
-            completed["old_log_probs"] = no_padding_2_padding(model_output["log_probs"].detach(), data)
+            completed["old_log_probs"] = own_log_prob(model_output, data)
         return completed
 
     def _record(

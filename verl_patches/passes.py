@@ -87,13 +87,14 @@ def warnings(config: Any) -> Iterator[str]:
         )
 
 
-def _is_separate(config: Any) -> bool:
+def is_separate(config: Any) -> bool:
+    """Whether rollouts have GPUs of their own, and a cycle of updates one old policy."""
     return config.trainer.get("v1", {}).get("trainer_mode") == SEPARATE
 
 
 def _updates_a_cycle(config: Any) -> int:
     """Batches that verl trains on before the rollout has the policy's weights again."""
-    return config.trainer.v1.get(SEPARATE, {}).get("parameter_sync_step") or 1 if _is_separate(config) else 1
+    return config.trainer.v1.get(SEPARATE, {}).get("parameter_sync_step") or 1 if is_separate(config) else 1
 
 
 def bypasses_old_log_probs(config: Any) -> bool:
@@ -130,7 +131,7 @@ def _obstacles(config: Any, knobs: VimpoConfig) -> Iterator[str]:
         )
     if actor.strategy == NOT_ON:
         yield f"actor_rollout_ref.actor.strategy={NOT_ON}: one pass does not run there yet"
-    if _is_separate(config):
+    if is_separate(config):
         yield (
             f"trainer.v1.trainer_mode={SEPARATE}: verl takes old log-probs at the policy that a cycle starts with, whose weights "
             "it brings back for that pass"

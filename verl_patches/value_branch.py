@@ -18,6 +18,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 from verl_patches.joint_pass import statistics_against_reference
 from verl_patches.names import (
     ACTOR_COEFF,
+    AT_OLD_POLICY,
     BETA,
     NUM_SEQUENCES,
     POLICY_ENTROPY,
@@ -25,7 +26,7 @@ from verl_patches.names import (
     VALUE_MASK,
     VALUE_SCALE,
 )
-from verl_patches.one_pass_update import OnePassUpdate, is_one_pass
+from verl_patches.one_pass_update import OnePassUpdate, is_one_pass, own_log_prob
 from verl_patches.targets import target_of
 from vimpo_verl import functional as F
 from vimpo_verl.config import VimpoConfig
@@ -92,6 +93,9 @@ class VimpoLoss:
                 )
             data = self.one_pass.complete(model_output, data)
         _require_fields(data)
+        if tu.get_non_tensor_data(data, AT_OLD_POLICY, False):
+            data = data.copy()  # shallow
+            data["old_log_probs"] = own_log_prob(model_output, data)
         with actor_branch(ActorBranch(coeff=tu.get_non_tensor_data(data, ACTOR_COEFF, None))) as branch:
             loss, metrics = self.ppo_loss(model_output=model_output, data=data, dp_group=dp_group)
         if branch.loss is None:

@@ -21,7 +21,7 @@ from verl_patches.family_worker import FamilyWorker
 from verl_patches.fused_head import fused_heads
 from verl_patches.joint_pass import joint_infer_batch
 from verl_patches.lora_reference import AdaptersOff
-from verl_patches.names import IS_REAL, NUM_SEQUENCES
+from verl_patches.names import AT_OLD_POLICY, IS_REAL, NUM_SEQUENCES
 from verl_patches.one_pass_update import OnePassUpdate, is_one_pass
 from verl_patches.value_branch import VimpoLoss
 from vimpo_verl.config import VimpoConfig
@@ -40,11 +40,13 @@ class VimpoTrainingWorker(TrainingWorker):
         self.reference = reference
         self.kappa_in_update = knobs.kappa_policy == "current" and knobs.kl_estimator in ("exact", "topk")
         self.through_kappa = not knobs.kappa_detach
+        self.is_at_old_policy = False
         self.set_loss_fn(VimpoLoss(self.loss_fn, knobs, reference.engine))
         policy_model.fit(self)
 
     def train_mini_batch(self, data: TensorDict) -> TensorDict:
         """The updates on a batch; arguments and result are verl's, in one pass with the batch's `vimpo/` metrics."""
+        self.is_at_old_policy = tu.get_non_tensor_data(data, AT_OLD_POLICY, False)
         if not is_one_pass(data):
             return super().train_mini_batch(data)
         loss = self.loss_fn
@@ -68,9 +70,10 @@ class VimpoTrainingWorker(TrainingWorker):
             raise RuntimeError(f"this batch lacks {IS_REAL}: VIMPO's trainer is not in force. Run `vimpo check`")
         count = data[IS_REAL].sum().to(self.device_name)
         torch.distributed.all_reduce(count, group=self.engine.get_data_parallel_group())
-        tu.assign_non_tensor(data, **{NUM_SEQUENCES: int(count.item())})
+        tu.assign_non_tensor(data, **{NUM_SEQUENCES: int(count.item()), AT_OLD_POLICY: self.is_at_old_policy})
         with self._reference_at_hand(data):
             output = super().train_batch(data)
+        self.is_at_old_policy = False  # the next mini-batch finds a policy that has moved
         if output is not None:  # only the first rank of a sequence-parallel group collects
             metrics = tu.get(output, "metrics")
             # Here, because verl logs the mean of grad_norm over the mini-batches.
