@@ -1,4 +1,4 @@
-"""The README's table and picture of whole runs, and the study's table of rivals, from benchmarks/results/headline.json alone.
+"""The tables of whole runs in README, study and method, and the README's picture, from benchmarks/results/headline.json alone.
 
 python -m benchmarks.headline_page
 """
@@ -11,7 +11,8 @@ from statistics import mean, median
 from benchmarks.headline import CELLS, RESULTS, ROOT
 from vimpo_verl.compare.statistics import difference_interval
 
-README, STUDY, PICTURE = ROOT / "README.md", ROOT / "docs/study.md", ROOT / "docs/pictures/quickstart.png"
+README, STUDY, METHOD = ROOT / "README.md", ROOT / "docs/study.md", ROOT / "docs/method.md"
+PICTURE = ROOT / "docs/pictures/quickstart.png"
 BEGIN, END = "<!-- made by benchmarks/headline_page.py: begin -->", "<!-- made by benchmarks/headline_page.py: end -->"
 LAST = 5  # steps averaged at the end: one step's reward is noisy
 CONFIDENCE = 0.95
@@ -109,6 +110,25 @@ def table_of_rivals(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def table_of_passes(rows: list[dict]) -> str:
+    """A Markdown table: VIMPO in one pass beside two, in the cells that have both."""
+    lines = [
+        f"| cell | passes | share of right answers, last {LAST} steps: mean (each seed) | one to two (95 %) | "
+        "validation at the end |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for cell in TITLES:
+        one = by_arm(rows, cell).get("vimpo", [])
+        two = by_arm(rows, f"{cell}_two_passes").get("vimpo-two-passes", []) if f"{cell}_two_passes" in CELLS else []
+        if not (one and two):
+            continue
+        difference = ahead([last_reward(run) for run in two], [last_reward(run) for run in one])
+        for passes, runs, apart in (("one", one, difference), ("two", two, "")):
+            rewards, validation = (each([of(run) for run in runs]) for of in (last_reward, last_validation))
+            lines.append(f"| {TITLES[cell]} | {passes} | {rewards} | {apart} | {validation} |")
+    return "\n".join(lines)
+
+
 def with_table(page: str, made: str) -> str:
     """The page with its made part replaced."""
     part = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
@@ -145,6 +165,7 @@ def main() -> None:
     rows = json.loads(RESULTS.read_text())["rows"]
     README.write_text(with_table(README.read_text(), table(rows)))
     STUDY.write_text(with_table(STUDY.read_text(), table_of_rivals(rows)))
+    METHOD.write_text(with_table(METHOD.read_text(), table_of_passes(rows)))
     draw(rows, PICTURE)
 
 

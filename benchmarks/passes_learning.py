@@ -11,9 +11,11 @@ batch's raw advantages over that of the batch before: of the third batch, which 
 largest from the tenth on.
 
     OMP_NUM_THREADS=1 python benchmarks/passes_learning.py --seeds 1 2 3 4 5 --json benchmarks/results/passes_learning.json
+    python benchmarks/passes_learning.py --trained benchmarks/results/passes_learning.json      (the table of what is there)
 """
 
 import copy
+import json
 import sys
 from collections.abc import Callable
 from itertools import product
@@ -30,6 +32,7 @@ from torch import Tensor
 from vimpo_verl import functional as F
 from vimpo_verl import one_pass
 from vimpo_verl.batch import compute_batch, compute_targets
+from vimpo_verl.compare.statistics import mean_interval
 from vimpo_verl.config import VimpoConfig
 
 LAM = 1.0
@@ -95,44 +98,69 @@ def arms(alphas: list[float]) -> dict[str, Callable[[], Loss]]:
     return found
 
 
-def short(values: list[float]) -> list[float]:
-    """With five digits, for the results file."""
-    return [float(f"{value:.5g}") for value in values]
-
-
-def growth(run: dict) -> list[float]:
-    """The spread of each batch's raw advantages over that of the batch before, from the third batch on: the first has none."""
-    spreads = run["spreads"]
-    return [now / before for before, now in zip(spreads[1:], spreads[2:], strict=False)]
-
-
-def row(arm: str, runs: list[dict]) -> dict:
-    ends = [mean(run["curve"][-10:]) for run in runs]
-    steady = [ratio for run in runs for ratio in growth(run)[7:]]  # of the tenth batch and later
+def summary(curve: list[float], loss: Loss) -> dict:
+    """What is kept of a run. The first batch's policy is the reference, so the spread of the second is over nothing."""
+    growth = [now / before for before, now in zip(loss.spreads[1:], loss.spreads[2:], strict=False)]
+    steady = growth[7:]  # of the tenth batch and later
     return {
-        "arm": arm,
-        "share of right answers": mean(ends),
-        "of each seed": " ".join(f"{end:.2f}" for end in ends),
-        "lowest after batch 10": min(min(run["curve"][10:]) for run in runs),
-        "batches with an actor loss": mean(coeff > 0 for run in runs for coeff in run["coeffs"]),
-        "spread of batch 3 to 2": max(growth(run)[0] for run in runs),
-        "later": spread(steady),
+        "curve": curve,
+        "batches with an actor loss": mean(coeff > 0 for coeff in loss.coeffs),
+        "spread of batch 3 to 2": growth[0],
+        "later": [min(steady), max(steady)],
     }
 
 
-def main() -> None:
-    options = arguments(__doc__.splitlines()[0], seeds=[1, 2, 3, 4, 5], alphas=[0.1, 0.3, 1.0], batches=60, lr=1e-3)
-    runs: dict[str, list[dict]] = {name: [] for name in arms(options.alphas)}
-    for seed in options.seeds:
+def row(arm: str, runs: dict[str, list[dict]]) -> dict:
+    ends = [end(run) for run in runs[arm]]
+    return {
+        "arm": arm,
+        "share of right answers": mean(ends),
+        "of each seed": " ".join(f"{share:.2f}" for share in ends),
+        "to two passes": to_two_passes(arm, runs),
+        "lowest after batch 10": min(min(run["curve"][10:]) for run in runs[arm]),
+        "batches with an actor loss": mean(run["batches with an actor loss"] for run in runs[arm]),
+        "spread of batch 3 to 2": spread(run["spread of batch 3 to 2"] for run in runs[arm]),
+        "later": spread(ratio for run in runs[arm] for ratio in run["later"]),
+    }
+
+
+def end(run: dict) -> float:
+    return mean(run["curve"][-10:])
+
+
+def to_two_passes(arm: str, runs: dict[str, list[dict]]) -> str | None:
+    """Mean difference of a seed's two runs, and its 95 % interval."""
+    other = f"{arm.removesuffix(', one')}, two"
+    if not arm.endswith(", one") or len(runs[arm]) < 2:
+        return None
+    found = mean_interval([end(one) - end(two) for one, two in zip(runs[arm], runs[other], strict=True)], 0.95)
+    return f"{found.value:+.3f} ({found.value - found.half_width:+.3f} to {found.value + found.half_width:+.3f})"
+
+
+def train_all(seeds: list[int], alphas: list[float], batches: int, lr: float) -> dict[str, list[dict]]:
+    """Arm -> its run of each seed."""
+    runs: dict[str, list[dict]] = {name: [] for name in arms(alphas)}
+    for seed in seeds:
         torch.manual_seed(seed)
         task, start = RunningSums(), Transformer(vocabulary=11, positions=21)
         imitate(start, task, accuracy=0.34, seed=seed)
-        for name, make in arms(options.alphas).items():
+        for name, make in arms(alphas).items():
             policy, loss = copy.deepcopy(start), make()
-            curve = train(policy, task, loss, batches=options.batches, lr=options.lr, seed=seed)
-            runs[name].append({"curve": curve, "coeffs": short(loss.coeffs), "spreads": short(loss.spreads)})
-            print(seed, name, f"{mean(curve[-10:]):.3f}", flush=True)
-    show("One pass against two on running sums", [row(*arm) for arm in runs.items()], options.json, runs=runs)
+            curve = train(policy, task, loss, batches=batches, lr=lr, seed=seed)
+            runs[name].append(summary(curve, loss))
+            print(seed, name, f"{end(runs[name][-1]):.3f}", flush=True)
+    return runs
+
+
+def main() -> None:
+    options = arguments(
+        __doc__.splitlines()[0], seeds=[1, 2, 3, 4, 5], alphas=[0.1, 0.3, 1.0], batches=60, lr=1e-3, trained=""
+    )
+    if options.trained:
+        runs = json.loads(Path(options.trained).read_text())["runs"]
+    else:
+        runs = train_all(options.seeds, options.alphas, options.batches, options.lr)
+    show("One pass against two on running sums", [row(arm, runs) for arm in runs], options.json, runs=runs)
 
 
 if __name__ == "__main__":

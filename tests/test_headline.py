@@ -1,4 +1,4 @@
-"""Claim: the README's table of whole runs is what benchmarks/results/headline.json says, and that file what the runs logged."""
+"""Claim: each page's table of whole runs is what benchmarks/results/headline.json says, and that file what the runs logged."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ from benchmarks.headline import CELLS, RESULTS, collect
 from benchmarks.headline_page import (
     BEGIN,
     END,
+    METHOD,
     README,
     STUDY,
     TITLES,
@@ -17,6 +18,7 @@ from benchmarks.headline_page import (
     by_arm,
     last_reward,
     table,
+    table_of_passes,
     table_of_rivals,
     with_table,
 )
@@ -25,7 +27,7 @@ STORED = json.loads(RESULTS.read_text())
 ROWS = STORED["rows"]
 
 
-@pytest.mark.parametrize("path, made", [(README, table), (STUDY, table_of_rivals)])
+@pytest.mark.parametrize("path, made", [(README, table), (STUDY, table_of_rivals), (METHOD, table_of_passes)])
 def test_the_page_has_the_results_table(path, made):
     page = path.read_text()
     assert page.count(BEGIN) == page.count(END) == 1
