@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-import conftest  # noqa: F401  sets the environment that verl reads at import
+import before_verl  # noqa: F401  first: verl reads it when it is imported
 import torch
 from in_process import PARTITION, InMemoryQueue, make_config
 from tensor_memory import TensorMemory
