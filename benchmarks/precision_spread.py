@@ -42,9 +42,13 @@ def difference(actual: harness.StepResult, expected: harness.StepResult) -> dict
     found, wanted = actual.gradients[0], expected.gradients[0]
     square = sum((found[name].double() - wanted[name].double()).square().sum() for name in wanted)
     norm = sum(gradient.double().square().sum() for gradient in wanted.values())
-    values = {name: float(value) for name, value in expected.metrics.items() if name.startswith("vimpo/")}
-    # At ratio 1 the actor loss is a sum of advantages that cancel: zero, up to rounding.
-    del values["vimpo/actor_loss"]
+    # At ratio 1 the actor loss is a sum of advantages that cancel: zero, up to rounding. Nor is there a share of nothing skipped.
+    left_out = ("vimpo/actor_loss", "vimpo/update_skipped")
+    values = {
+        name: float(value)
+        for name, value in expected.metrics.items()
+        if name.startswith("vimpo/") and name not in left_out
+    }
     worst = max(values, key=lambda name: abs(float(actual.metrics[name]) - values[name]) / abs(values[name]))
     return {
         "gradient": (square / norm).sqrt().item(),

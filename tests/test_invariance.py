@@ -212,3 +212,13 @@ def test_on_four_ranks(models):
     results = run_on_ranks(4, steps_on_rank, models, list(jobs.values()))[0]
     for job, result in zip(jobs.values(), results, strict=True):
         check_job(models, job, result)
+
+
+def test_the_table_of_the_spread_can_be_measured(base):
+    """benchmarks/precision_spread.py, whose figures are in docs/reliability.md, takes every metric that a step has."""
+    from benchmarks.precision_spread import difference
+
+    found = difference(base, base)
+    assert found["gradient"] == found["metrics"] == 0.0
+    moved = difference(replace(base, metrics=base.metrics | {"vimpo/kl": 2 * base.metrics["vimpo/kl"]}), base)
+    assert moved["worst_metric"] == "vimpo/kl" and moved["metrics"] == pytest.approx(1.0)
