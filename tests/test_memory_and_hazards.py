@@ -78,7 +78,15 @@ def small_buffers(monkeypatch):
 
 # Bytes, of the micro-batch of SETTING.
 LOGITS = 4 * VOCABULARY * sum(len(s.prompt) + len(s.response) for s in make_samples())
-LAYOUTS = [(True, 1.0), (True, 0.7), (False, 1.0), (False, 0.7)]
+LAYOUTS = [(True, 1.0), (True, 0.7), (False, 1.0), (False, 0.7)]  # the columns of the page's table
+PAGE = Path(__file__).parent.parent / "docs/performance.md"
+
+
+def require_on_page(row: str, layout: tuple[bool, float], peak: int) -> None:
+    """The table of logits tensors in docs/performance.md has this peak, in bytes."""
+    (line,) = [line for line in PAGE.read_text().splitlines() if line.startswith(f"| {row} | ")]
+    said = float(line.strip("| ").split(" | ")[1 + LAYOUTS.index(layout)])
+    assert peak / LOGITS == pytest.approx(said, abs=0.06), (row, layout)
 
 
 @pytest.mark.parametrize("use_remove_padding, temperature", LAYOUTS)
@@ -99,6 +107,8 @@ def test_the_update_in_one_pass_makes_one_logits_tensor_more_than_grpos(
     # Of the logits alone: the reference's activations weigh more than logits of 48 entries. And not at one time: the
     # reference's are gone when the gradients of the policy's are made.
     assert one.peak <= grpo.peak + 4 * VOCABULARY * FEW_TOKENS
+    for row, update in (("GRPO's update", grpo), ("VIMPO's update, two passes or one", one)):
+        require_on_page(row, (use_remove_padding, temperature), update.peak)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -153,6 +163,8 @@ def test_the_joint_pass_needs_no_more_than_grpos_old_pass(models, small_buffers,
             call()
         peaks.append(memory.peak)
     assert peaks[0] <= peaks[1] + 4 * VOCABULARY * FEW_TOKENS and peaks[1] > 2 * LOGITS
+    for row, peak in zip(("VIMPO's joint pass", "GRPO's old pass, with entropy"), peaks, strict=True):
+        require_on_page(row, (use_remove_padding, temperature), peak)
 
 
 def test_joint_pass_keeps_no_logits(models):
