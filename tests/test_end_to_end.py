@@ -147,6 +147,7 @@ def test_resume_goes_on_from_the_checkpoint(vimpo_run):
     assert "beta=auto is beta=" not in resumed.log and f"as in the checkpoint {checkpoint.split('=')[1]}" in resumed.log
 
 
+@pytest.mark.slow  # the default, one pass, is the next
 def test_two_data_parallel_ranks_in_two_passes(tmp_path, grpo_run):
     """Besides generation, a step is the forwards of GRPO with a reference."""
     run = run_tiny(tmp_path, "vimpo", GRPO_STEPS, "+algorithm.vimpo.passes=two", RANKS="2")
