@@ -69,11 +69,16 @@ def grpo_loss(workers):
 
 @pytest.fixture
 def small_buffers(monkeypatch):
-    """The token statistics' buffers on a CPU, whose size does not go with the logits', would be as large as these logits."""
+    """The token statistics' buffers on a CPU, whose size does not go with the logits', would be as large as these logits. One
+    thread, because each has its own."""
     from vimpo_verl.token_statistics import cpu
 
     monkeypatch.setattr(cpu, "_SMALL_CHUNK", 2 * VOCABULARY)
     monkeypatch.setattr(cpu, "_LARGE_CHUNK", 2 * VOCABULARY)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # Bytes, of the micro-batch of SETTING.
