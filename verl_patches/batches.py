@@ -18,5 +18,5 @@ def is_padding(batch: KVBatchMeta) -> list[bool]:
 
 
 def row_sums(tensor: Tensor) -> Tensor:
-    """[B], of [B, T], padded or nested: of a mask the valid tokens of each sequence."""
+    """[B], of [B, T], padded or nested: of a mask the valid tokens of each sequence, of rm_scores its reward."""
     return torch.stack([row.sum() for row in tensor.unbind()])

@@ -13,7 +13,7 @@ from transfer_queue import KVBatchMeta
 from verl.utils.seqlen_balancing import calculate_workload, log_seqlen_unbalance
 
 from verl_patches import group_balance
-from verl_patches.batches import data_parallel_size, is_padding
+from verl_patches.batches import data_parallel_size, is_padding, row_sums
 from verl_patches.family_trainer import FamilyTrainer, require_one_output_a_session
 from verl_patches.loss_aggregation import mini_batch_size
 from verl_patches.pacs_worker import GROUP, GROUP_SIZE, OUTCOME, PacsActorRolloutRefWorker
@@ -65,7 +65,7 @@ class PacsTrainer(FamilyTrainer):
         mask = data["response_mask"]
         self.require_sound(batch, mask, "the policy's logits are not finite there", old_log_prob=data["old_log_probs"])
         self.require_sound(batch, None, "the reward function returned it", reward=data["rm_scores"])
-        outcome = torch.stack([scores.sum() for scores in data["rm_scores"].unbind()]).float()
+        outcome = row_sums(data["rm_scores"]).float()
         self._require_labels(batch, outcome)
         tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=_labels_and_groups(batch, outcome))
         return OldPolicy(self.knobs, data.select("old_log_probs").to_padded_tensor()["old_log_probs"])

@@ -70,10 +70,17 @@ def _against_bypass(config: Any, knobs: VimpoConfig) -> Iterator[str]:
 
 
 def warnings(config: Any) -> Iterator[str]:
-    """What one pass means where a batch has several updates, which `bypass_mode` alone can bring. `config` as for `decide`."""
-    actor = config.actor_rollout_ref.actor
-    updates, cycle = config.data.train_batch_size / actor.ppo_mini_batch_size, _updates_a_cycle(config)
-    if bypasses_old_log_probs(config) and (updates > 1 or actor.ppo_epochs > 1 or cycle > 1):
+    """What `bypass_mode` leaves out, and what one pass means where a batch has several updates, which it alone can bring.
+    `config` as for `decide`."""
+    if not bypasses_old_log_probs(config):
+        return
+    for name, value in _corrections(config):
+        yield (
+            f"algorithm.rollout_correction.{name}={value} with bypass_mode=True: nothing is corrected there (of verl's losses "
+            "loss_mode=bypass_mode alone does it); write algorithm.rollout_correction.bypass_mode=False for the correction"
+        )
+    actor, cycle = config.actor_rollout_ref.actor, _updates_a_cycle(config)
+    if _mini_batches(config) > 1 or actor.ppo_epochs > 1 or cycle > 1:
         counts = (
             f"data.train_batch_size={config.data.train_batch_size}, actor_rollout_ref.actor.ppo_mini_batch_size="
             f"{actor.ppo_mini_batch_size}, actor_rollout_ref.actor.ppo_epochs={actor.ppo_epochs}"
@@ -94,7 +101,22 @@ def is_separate(config: Any) -> bool:
 
 def _updates_a_cycle(config: Any) -> int:
     """Batches that verl trains on before the rollout has the policy's weights again."""
-    return config.trainer.v1.get(SEPARATE, {}).get("parameter_sync_step") or 1 if is_separate(config) else 1
+    if not is_separate(config):
+        return 1
+    return config.trainer.v1.get(SEPARATE, {}).get("parameter_sync_step") or 1
+
+
+def _mini_batches(config: Any) -> float:
+    """Of a batch."""
+    return config.data.train_batch_size / config.actor_rollout_ref.actor.ppo_mini_batch_size
+
+
+def _corrections(config: Any) -> Iterator[tuple[str, Any]]:
+    """Settings of the rollout correction that take the log-probs of a pass before the update."""
+    correction = config.algorithm.get("rollout_correction") or {}
+    for name in ("rollout_is", "rollout_rs"):
+        if correction.get(name) is not None:
+            yield name, correction.get(name)
 
 
 def bypasses_old_log_probs(config: Any) -> bool:
@@ -117,8 +139,7 @@ def _obstacles(config: Any, knobs: VimpoConfig) -> Iterator[str]:
     """Why one pass would not be the same as two."""
     yield from _switches(knobs)
     actor = config.actor_rollout_ref.actor
-    updates = config.data.train_batch_size / actor.ppo_mini_batch_size
-    if updates > 1:
+    if _mini_batches(config) > 1:
         yield (
             f"data.train_batch_size={config.data.train_batch_size} and actor_rollout_ref.actor.ppo_mini_batch_size="
             f"{actor.ppo_mini_batch_size} make several updates a batch, and after the first the policy is not the one before "
@@ -136,10 +157,8 @@ def _obstacles(config: Any, knobs: VimpoConfig) -> Iterator[str]:
             f"trainer.v1.trainer_mode={SEPARATE}: verl takes old log-probs at the policy that a cycle starts with, whose weights "
             "it brings back for that pass"
         )
-    correction = config.algorithm.get("rollout_correction") or {}
-    for name in ("rollout_is", "rollout_rs"):
-        if correction.get(name) is not None:
-            yield (
-                f"algorithm.rollout_correction.{name}={correction.get(name)}: it compares the rollout's log-probs with those "
-                "of the pass before the update"
-            )
+    for name, value in _corrections(config):
+        yield (
+            f"algorithm.rollout_correction.{name}={value}: it compares the rollout's log-probs with those of the pass before the "
+            "update"
+        )

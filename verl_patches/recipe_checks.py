@@ -11,7 +11,7 @@ from verl_patches import passes
 from verl_patches.engine_checks import engine_problems, has_lora
 from verl_patches.group_switch import budget_of
 from verl_patches.loss_checks import adjust_losses, loss_problems, loss_warnings
-from verl_patches.passes import SEPARATE
+from verl_patches.passes import SEPARATE, is_separate
 from verl_patches.switch import knobs_of, section_of
 from vimpo_verl.config import VimpoConfig
 
@@ -196,7 +196,7 @@ def _passes(config: Any) -> Iterator[str]:
 
 def _trainer(config: Any) -> Iterator[str]:
     # VIMPO has a worker for SEPARATE, where policy and reference are in one.
-    if config.trainer.get("v1", {}).get("trainer_mode") != SEPARATE or not config.trainer.get("use_v1", True):
+    if not is_separate(config) or not config.trainer.get("use_v1", True):
         yield from trainer_problems(config, "VIMPO")
     elif not config.actor_rollout_ref.get("hybrid_engine", True):
         yield (
@@ -236,15 +236,6 @@ def _taken_over(config: Any) -> Iterator[str]:
             f"algorithm.lam={lam}: GRPO and its like do not look at it, VIMPO does: a token's advantage counts what comes after "
             f"it with lambda to the distance, which reaches about {1 / (1 - lam):.3g} tokens. The paper's is algorithm.lam=1.0"
         )
-    correction = config.algorithm.get("rollout_correction") or {}
-    if passes.bypasses_old_log_probs(config):
-        for name in ("rollout_is", "rollout_rs"):
-            if correction.get(name) is not None:
-                yield (
-                    f"algorithm.rollout_correction.{name}={correction.get(name)} with bypass_mode=True: nothing is corrected "
-                    "there (of verl's losses loss_mode=bypass_mode alone does it); write "
-                    "algorithm.rollout_correction.bypass_mode=False for the correction"
-                )
     if config.actor_rollout_ref.actor.get("use_prefix_grouper", False):
         yield (
             "actor_rollout_ref.actor.use_prefix_grouper=True: verl's v1 trainer and its engines do not look at it, with any "
