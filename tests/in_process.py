@@ -181,9 +181,15 @@ def verls_worker(mode: str) -> type:
     return DetachActorWorker if mode == "separate_async" else ActorRolloutRefWorker
 
 
-def run_trainer_step(trainer, queue, samples) -> dict[str, float]:
-    """The stages of verl's step between rollout and weight sync; returns the logged metrics."""
+def run_trainer_step(trainer, queue, samples, rollout_log_probs=None) -> dict[str, float]:
+    """The stages of verl's step between rollout and weight sync; returns the logged metrics.
+
+    rollout_log_probs: of each sample [response], where the rollout has left them.
+    """
     batch, metrics = queue.start(samples), {}
+    if rollout_log_probs is not None:
+        for row, log_probs in zip(queue.rows.values(), rollout_log_probs, strict=True):
+            row["rollout_log_probs"] = log_probs
     batch.extra_info.pop("global_token_num", None)
     queue.extra_info = batch.extra_info
     for stage in ("old_log_prob", "ref_log_prob"):

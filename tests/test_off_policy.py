@@ -21,7 +21,7 @@ from engine_harness import parameters_of
 from engine_samples import make_samples
 from in_process import make_config, make_trainer, run_trainer_step
 from test_end_to_end import run_tiny
-from test_validation import validate, vimpo
+from test_validation import BYPASS, validate, vimpo
 
 OVERRIDES = (
     "+algorithm.vimpo.passes=two",
@@ -52,19 +52,9 @@ def second_step(models, monkeypatch, *overrides, rollout_log_probs=False):
     trainer, queue = make_trainer(make_config(models / "policy", *OVERRIDES, *overrides), monkeypatch)
     run_trainer_step(trainer, queue, SAMPLES)
     at_generation = [row.get("old_log_probs") for row in queue.rows.values()]  # not there in one pass
-    start = queue.start
-
-    def start_with_log_probs_of_the_rollout(samples):
-        batch = start(samples)
-        for row, log_probs in zip(queue.rows.values(), at_generation, strict=True):
-            row["rollout_log_probs"] = log_probs
-        return batch
-
-    if rollout_log_probs:
-        queue.start = start_with_log_probs_of_the_rollout
     engine = trainer.actor_rollout_wg.worker.actor.engine
     before = parameters_of(engine)
-    metrics = run_trainer_step(trainer, queue, SAMPLES)
+    metrics = run_trainer_step(trainer, queue, SAMPLES, at_generation if rollout_log_probs else None)
     return metrics, change(before, parameters_of(engine)), list(queue.rows.values())
 
 
@@ -191,7 +181,6 @@ def test_stale_samples_from_vllm(tmp_path):
     assert run.steps[3]["rollout_corr/rollout_is_std"] > 10 * run.steps[1]["rollout_corr/rollout_is_std"]
 
 
-BYPASS = ("algorithm.rollout_correction.bypass_mode=True", "actor_rollout_ref.rollout.calculate_log_probs=True")
 SEVERAL = {
     "actor_rollout_ref.actor.ppo_mini_batch_size=8": "actor.ppo_mini_batch_size=8",
     "actor_rollout_ref.actor.ppo_epochs=2": "actor.ppo_epochs=2",

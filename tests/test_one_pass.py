@@ -18,7 +18,7 @@ import torch
 from engine_harness import Setting, make_workers, run_on_ranks, run_one_pass_step, run_step, run_step_both_ways
 from engine_samples import make_samples, make_uneven_samples, placeholders
 from in_process import make_config, make_trainer, run_trainer_step
-from test_validation import vimpo
+from test_validation import BYPASS, vimpo
 
 from vimpo_verl.one_pass import Statistics
 
@@ -351,24 +351,11 @@ def test_old_log_probs_of_a_trainer_of_ones_own_keep_their_ratio(models, monkeyp
     assert metrics["actor/ppo_kl"] == pytest.approx(0.1, rel=1e-4)
 
 
-BYPASS = (
-    "algorithm.rollout_correction.bypass_mode=True",
-    "actor_rollout_ref.rollout.calculate_log_probs=True",
-)
-
-
 def test_with_bypass_mode_the_ratio_is_to_the_rollouts_log_probs(models, monkeypatch):
     trainer, queue = make_trainer(make_config(models / "policy", *BYPASS, *FIXED), monkeypatch)
-    samples, start = make_samples(tool_tokens=False), queue.start
-
-    def start_with_log_probs_of_the_rollout(samples):
-        batch = start(samples)
-        for row in queue.rows.values():
-            row["rollout_log_probs"] = torch.full((len(row["responses"]),), -3.5)
-        return batch
-
-    queue.start = start_with_log_probs_of_the_rollout
-    steps = [run_trainer_step(trainer, queue, samples) for _ in range(3)]
+    samples = make_samples(tool_tokens=False)
+    rollout = [torch.full((len(sample.response),), -3.5) for sample in samples]
+    steps = [run_trainer_step(trainer, queue, samples, rollout) for _ in range(3)]
     assert steps[0]["vimpo/kl"] == 0.0 < steps[1]["vimpo/kl"]
     for row in queue.rows.values():
         assert torch.equal(row["old_log_probs"], row["rollout_log_probs"])

@@ -265,9 +265,8 @@ def test_the_weight_is_the_push_of_verls_own_function(mode, agg_mode):
             response_mask=mask.bool(), loss_agg_mode=agg_mode, config=typed,
         )  # fmt: skip
     loss.backward()
-    assert -log_prob.grad.sum().item() == pytest.approx(
-        aggregation_weight(config, mask.sum(-1)), rel=1e-8
-    )  # verl adds 1e-8
+    weight = aggregation_weight(config, mask.sum(-1))
+    assert -log_prob.grad.sum().item() == pytest.approx(weight, rel=1e-8)  # verl adds 1e-8
 
 
 def test_sapo_aggregates_by_itself():

@@ -14,7 +14,7 @@ from engine_harness import parameters_of
 from engine_samples import make_samples
 from in_process import PARTITION, make_config, make_trainer, run_trainer_step
 from test_off_policy import FORMULA, OVERRIDES, change, relative
-from test_validation import refusals, validate, vimpo
+from test_validation import BYPASS, refusals, validate, vimpo
 from transfer_queue import KVBatchMeta
 
 IN_ONE_PROCESS = (
@@ -65,30 +65,20 @@ def test_the_second_update_of_a_cycle(models, monkeypatch, kept_weights):
     assert relative(moved, change(first["parameters"], unlike["parameters"])) > 0.02
 
 
-BYPASS = ("algorithm.rollout_correction.bypass_mode=True", "actor_rollout_ref.rollout.calculate_log_probs=True")
-
-
 def test_with_bypass_mode_each_update_of_a_cycle_is_one_pass_at_its_own_policy(models, monkeypatch, kept_weights):
     """Of responses whose log-probs in the rollout are those of the policy that is updated, so that every ratio is 1."""
     value_only = ("+algorithm.vimpo.use_actor=false", *BYPASS, *IN_ONE_PROCESS, "data.train_batch_size=8")
     trainer, queue = make_trainer(make_config(models / "policy", *value_only), monkeypatch)
-    engine, start = trainer.actor_rollout_wg.worker.actor.engine, queue.start
+    engine = trainer.actor_rollout_wg.worker.actor.engine
     reference, policy = (engine_formula.load(models / "policy") for _ in range(2))
     of_formula = [{name: p.detach().clone() for name, p in policy.named_parameters()}]
-
-    def start_with_log_probs_of_the_rollout(samples):
-        batch = start(samples)
-        for row, log_probs in zip(queue.rows.values(), own, strict=True):
-            row["rollout_log_probs"] = log_probs.float()
-        return batch
-
-    queue.start = start_with_log_probs_of_the_rollout
     for trigger, seed in enumerate((3, 4)):
         samples, trainer.local_trigger_step = make_samples(seed=seed, tool_tokens=False), trigger
         own = engine_formula.per_token(policy, reference, samples, 1.0)["log_probs"]
         expected = engine_formula.step(models, samples, **FORMULA | {"coeff": 0.0}, policy=policy)
         of_formula.append(expected["parameters"])
-        before, metrics = parameters_of(engine), run_trainer_step(trainer, queue, samples)
+        before = parameters_of(engine)
+        metrics = run_trainer_step(trainer, queue, samples, [log_probs.float() for log_probs in own])
         assert trainer.takes_one_pass and (metrics["vimpo/kl"] > 0) == (trigger == 1)
         assert metrics["vimpo/value_loss"] == pytest.approx(expected["updates"][0]["value_loss"], rel=1e-4)
         assert relative(change(before, parameters_of(engine)), change(*of_formula[-2:])) < 1e-3

@@ -224,7 +224,7 @@ def test_a_number_of_sequences_or_epochs_that_is_none_is_named(key, value):
     assert f"{key}={value}: write a whole number of at least 1" in problem.replace("'", "")
 
 
-BYPASS = "algorithm.rollout_correction.bypass_mode=True"
+BYPASS = ("algorithm.rollout_correction.bypass_mode=True", "actor_rollout_ref.rollout.calculate_log_probs=True")
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ BYPASS = "algorithm.rollout_correction.bypass_mode=True"
     ],
 )
 def test_what_bypass_mode_does_not_go_with_is_named_at_once(overrides, wanted):
-    problems = [problem for problem in refusals(vimpo(BYPASS, *overrides)) if "bypass_mode=True" in problem]
+    problems = [problem for problem in refusals(vimpo(*BYPASS, *overrides)) if "bypass_mode=True" in problem]
     assert len(problems) == len(wanted)
     for problem, reason in zip(problems, wanted, strict=True):
         assert reason in problem and problem.endswith("algorithm.rollout_correction.bypass_mode=False")
