@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from statistics import mean, median
 
+from benchmarks import report
 from benchmarks.headline import CELLS, RESULTS, ROOT
 from vimpo_verl.compare.statistics import difference_interval
 
@@ -16,6 +17,7 @@ PICTURE = ROOT / "docs/pictures/quickstart.png"
 BEGIN, END = "<!-- made by benchmarks/headline_page.py: begin -->", "<!-- made by benchmarks/headline_page.py: end -->"
 LAST = 5  # steps averaged at the end: one step's reward is noisy
 CONFIDENCE = 0.95
+SHARE, VALIDATION = f"share of right answers, last {LAST} steps", "validation at the end"
 TITLES = {
     "clean": "The quickstart",
     "noise_20": "A fifth of the groups flipped",
@@ -48,6 +50,10 @@ def last_reward(run: dict) -> float:
     return mean(run["rewards"][-LAST:])
 
 
+def last_rewards(runs: list[dict]) -> list[float]:
+    return [last_reward(run) for run in runs]
+
+
 def last_validation(run: dict) -> float:
     return max(run["validation"].items(), key=lambda item: int(item[0]))[1]
 
@@ -58,75 +64,55 @@ def each(values: list[float]) -> str:
     return f"{mean(values):.3f}{seeds}"
 
 
+def last_validations(runs: list[dict]) -> str:
+    return each([last_validation(run) for run in runs])
+
+
 def ahead(first: list[float], other: list[float]) -> str:
     """How far the other side is ahead of the first, with the interval of `vimpo compare`."""
     found = difference_interval(first, other, CONFIDENCE)
-    if found.half_width is None:
-        return f"{found.value:+.3f}"
-    return f"{found.value:+.3f} ({found.value - found.half_width:+.3f} to {found.value + found.half_width:+.3f})"
+    return report.signed(found.value, found.half_width)
 
 
 def table(rows: list[dict]) -> str:
     """A Markdown table: each cell's sides, one a row."""
-    lines = [
-        f"| | learning rate | share of right answers, last {LAST} steps: mean (each seed) | ahead of GRPO (95 %) | "
-        "validation at the end | seconds a step |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    heads = ["", "learning rate", f"{SHARE}: mean (each seed)", "ahead of GRPO (95 %)", VALIDATION, "seconds a step"]
+    lines = []
     for cell in TITLES:
         arms = by_arm(rows, cell)
         if not arms:
             continue
-        lines.append(f"| **{TITLES[cell]}**, {CELLS[cell].settings['STEPS']} steps | | | | | |")
-        first = [last_reward(run) for run in next(iter(arms.values()))]
+        lines.append([f"**{TITLES[cell]}**, {CELLS[cell].settings['STEPS']} steps", *[""] * (len(heads) - 1)])
+        first = last_rewards(next(iter(arms.values())))
         for number, (arm, runs) in enumerate(arms.items()):
-            rewards = [last_reward(run) for run in runs]
+            rewards = last_rewards(runs)
             seconds = median(second for run in runs for second in run["seconds"])
-            cells = [
-                NAMES[arm],
-                rate(cell, arm),
-                each(rewards),
-                ahead(first, rewards) if number else "",
-                each([last_validation(run) for run in runs]),
-                f"{seconds:.1f}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lead = ahead(first, rewards) if number else ""
+            lines.append([NAMES[arm], rate(cell, arm), each(rewards), lead, last_validations(runs), f"{seconds:.1f}"])
+    return report.markdown(heads, lines)
 
 
 def table_of_rivals(rows: list[dict]) -> str:
     """A Markdown table: every arm of the noisy cell, and how far VIMPO is ahead of it."""
     arms = by_arm(rows, "noise_20") | by_arm(rows, "noise_20_rivals")
-    vimpo = [last_reward(run) for run in arms["vimpo"]]
-    lines = [
-        f"| arm | learning rate | seeds | share of right answers, last {LAST} steps | validation at the end | VIMPO ahead by |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for arm, runs in sorted(arms.items(), key=lambda item: -mean(last_reward(run) for run in item[1])):
-        rewards, cell = [last_reward(run) for run in runs], runs[0]["cell"]
-        validation = each([last_validation(run) for run in runs])
-        cells = [NAMES[arm], rate(cell, arm), str(len(runs)), each(rewards), validation]
-        lines.append(f"| {' | '.join(cells)} | {'' if arm == 'vimpo' else ahead(rewards, vimpo)} |")
-    return "\n".join(lines)
+    vimpo = last_rewards(arms["vimpo"])
+    lines = []
+    for arm, runs in sorted(arms.items(), key=lambda item: -mean(last_rewards(item[1]))):
+        rewards, cell = last_rewards(runs), runs[0]["cell"]
+        lead = "" if arm == "vimpo" else ahead(rewards, vimpo)
+        lines.append([NAMES[arm], rate(cell, arm), str(len(runs)), each(rewards), last_validations(runs), lead])
+    return report.markdown(["arm", "learning rate", "seeds", SHARE, VALIDATION, "VIMPO ahead by"], lines)
 
 
 def table_of_passes(rows: list[dict]) -> str:
     """A Markdown table: VIMPO in one pass beside two, in the cells that have both."""
-    lines = [
-        f"| cell | passes | share of right answers, last {LAST} steps: mean (each seed) | one to two (95 %) | "
-        "validation at the end |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for cell in TITLES:
-        one = by_arm(rows, cell).get("vimpo", [])
-        two = by_arm(rows, f"{cell}_two_passes").get("vimpo-two-passes", []) if f"{cell}_two_passes" in CELLS else []
-        if not (one and two):
-            continue
-        difference = ahead([last_reward(run) for run in two], [last_reward(run) for run in one])
-        for passes, runs, apart in (("one", one, difference), ("two", two, "")):
-            rewards, validation = (each([of(run) for run in runs]) for of in (last_reward, last_validation))
-            lines.append(f"| {TITLES[cell]} | {passes} | {rewards} | {apart} | {validation} |")
-    return "\n".join(lines)
+    lines = []
+    for cell in ("clean", "noise_20"):
+        one, two = by_arm(rows, cell)["vimpo"], by_arm(rows, f"{cell}_two_passes")["vimpo-two-passes"]
+        apart = ahead(last_rewards(two), last_rewards(one))
+        for passes, runs, difference in (("one", one, apart), ("two", two, "")):
+            lines.append([TITLES[cell], passes, each(last_rewards(runs)), difference, last_validations(runs)])
+    return report.markdown(["cell", "passes", f"{SHARE}: mean (each seed)", "one to two (95 %)", VALIDATION], lines)
 
 
 def with_table(page: str, made: str) -> str:

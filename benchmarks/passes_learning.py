@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import torch
 from one_file import Rollout, RunningSums, Transformer, imitate, ppo_loss, train
-from report import arguments, show, spread
+from report import arguments, show, signed, spread
 from torch import Tensor
 
 from vimpo_verl import functional as F
@@ -133,8 +133,9 @@ def to_two_passes(arm: str, runs: dict[str, list[dict]]) -> str | None:
     other = f"{arm.removesuffix(', one')}, two"
     if not arm.endswith(", one") or len(runs[arm]) < 2:
         return None
-    found = mean_interval([end(one) - end(two) for one, two in zip(runs[arm], runs[other], strict=True)], 0.95)
-    return f"{found.value:+.3f} ({found.value - found.half_width:+.3f} to {found.value + found.half_width:+.3f})"
+    differences = [end(one) - end(two) for one, two in zip(runs[arm], runs[other], strict=True)]
+    found = mean_interval(differences, 0.95)
+    return signed(found.value, found.half_width)
 
 
 def train_all(seeds: list[int], alphas: list[float], batches: int, lr: float) -> dict[str, list[dict]]:

@@ -73,6 +73,18 @@ def spread(values: Iterable[float]) -> str:
     return f"{min(values):.3g} to {max(values):.3g}"
 
 
+def signed(value: float, half_width: float | None) -> str:
+    """A difference and its interval, where there is one, for a table."""
+    if half_width is None:
+        return f"{value:+.3f}"
+    return f"{value:+.3f} ({value - half_width:+.3f} to {value + half_width:+.3f})"
+
+
+def markdown(heads: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
+
+
 def available_bytes(device: str) -> int:
     """Memory that is free on a device now."""
     if device == "cuda":

@@ -18,6 +18,7 @@ import torch
 from one_file import collect
 from torch import Tensor
 
+from benchmarks import report
 from benchmarks.learning.analysis import RESULTS, cell, mean_interval, paired_difference
 from benchmarks.learning.arms import ARMS
 from benchmarks.learning.grids import chosen
@@ -117,9 +118,8 @@ def _by_seed(found: list[dict], condition: str, path: str, after: int, label: st
 
 def _by_policy(labels: Iterable[str], of: Callable[[str, int, str], str]) -> str:
     points = list(product(PATHS, AFTER))
-    rows = [["arm", *(f"{path}, {after}" for path, after in points)], ["---"] * (1 + len(points))]
-    rows += [[label, *(of(path, after, label) for path, after in points)] for label in labels]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    heads = ["arm", *(f"{path}, {after}" for path, after in points)]
+    return report.markdown(heads, [[label, *(of(path, after, label) for path, after in points)] for label in labels])
 
 
 def main() -> None:

@@ -77,12 +77,12 @@ def meaning(runs: list[Run]) -> str:
     """What the table says, and what it does not."""
     steps = min(len(run.series(REWARD)[1]) for run in runs)
     if steps < 2 * ENDS:
-        seeds = f"{steps} steps are too few to show learning: the first and last {ENDS} overlap."
+        caution = f"{steps} steps are too few to show learning: the first and last {ENDS} overlap."
     else:
-        seeds = "One seed a side is no comparison: README.md has several."
+        caution = "One seed a side is no comparison: README.md has several."
     return (
         f"Reward start and end: mean over the first and last {ENDS} steps. Validation: 256 held-out prompts, sampled.\n"
-        f"kl: exact KL to the reference per token; GRPO without a KL term has no reference, so none is measured.\n{seeds}"
+        f"kl: exact KL to the reference per token; GRPO without a KL term has no reference, so none is measured.\n{caution}"
     )
 
 
